@@ -1,0 +1,120 @@
+"""Every bound in one place. Durations are float seconds, sizes bytes."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds of one daemon: they may delay or disconnect a peer, never decide validity."""
+
+    # ---- sizes
+    message_bytes: int = 4 << 20
+    """Largest message on a link; larger ones are refused before they are parsed."""
+    inline_bytes: int = 1024
+    """Payloads up to this size travel inside their record."""
+    payload_bytes: int = 1 << 30
+    """Largest payload ever, whatever a run file says."""
+    chunk_bytes: int = 256 << 10
+    """Bytes per chunk of a pull: 256 KiB-1 MiB is the fast range of gRPC streaming."""
+    genesis_bytes: int = 1 << 20
+    """Largest genesis a joiner accepts."""
+    log_bytes: int = 16 << 30
+    """Disk for the log; beyond it the peer is `degraded: log full`: it serves, never publishes."""
+    staging_bytes: int = 1 << 30
+    """Payload bytes being pulled and not yet stored, all together."""
+
+    # ---- counts
+    members: int = 10_000
+    """Peers in the view."""
+    ledger_members: int = 512
+    """Members of a ledger run (design 3.4): more are refused with a hint to mixing."""
+    neighbours: int = 64
+    """Open links."""
+    links_per_address: int = 16
+    """Open incoming links from one IP address."""
+    addresses: int = 16
+    """Addresses in one contact record, each at most 256 characters."""
+    seen: int = 100_000
+    """Ids remembered for duplicate suppression."""
+    held_records: int = 1024
+    """Records kept while their author's admission proof is fetched."""
+    unordered: int = 4096
+    """Updates kept above a hole, all authors together."""
+    pulls: int = 16
+    """Payloads being fetched at once."""
+    push_records: int = 256
+    """Records in one Push message."""
+    events: int = 1000
+    """Events remembered for /events."""
+
+    # ---- membership (SWIM with Lifeguard; defaults of memberlist LAN)
+    probe_interval: float = 1.0
+    probe_timeout: float = 0.5
+    indirect_probes: int = 3
+    suspicion_mult: int = 4
+    suspicion_max_mult: int = 6
+    awareness_max: int = 8
+    """Lifeguard's local health multiplier ceiling."""
+    keep: float = 3600.0
+    """A member failed for longer than this is forgotten; payloads stay at least so long."""
+    retry_failed: float = 5.0
+    """First interval of dialling failed members again; doubles up to `retry_failed_max`."""
+    retry_failed_max: float = 300.0
+
+    # ---- dissemination and repair
+    announce_interval: float = 0.2
+    graft_timeout: float = 0.5
+    """How long an announced record may take to arrive before it is asked for."""
+    repair_interval: float = 5.0
+    """Anti-entropy with one random peer."""
+    pull_timeout: float = 30.0
+    """A pull without progress for so long has failed."""
+    progress_interval: float = 10.0
+    """At least this long between progress records; grows with the swarm (members / 10 s)."""
+
+    # ---- topology
+    degree_min: int = 3
+    degree_max: int = 12
+    topology_interval: float = 2.0
+    """How often the neighbour set is compared with the topology."""
+
+    # ---- pacing
+    weight_turns: int = 10
+    """Authors heard in this many own turns count in N_w."""
+    lockstep_deadline: float = 60.0
+    """Lockstep goes on without absentees after this long."""
+
+    # ---- scores
+    score_halflife: float = 60.0
+    score_throttle: float = -10.0
+    score_ban: float = -50.0
+    ban: float = 300.0
+    """A banned peer is refused for so long."""
+    records_per_second: float = 500.0
+    """Token bucket per peer, burst of four seconds."""
+    bytes_per_second: float = 64 << 20
+    """Token bucket per peer for messages on links (payloads are asked for and not counted)."""
+    updates_per_minute: float = 600.0
+    """Updates of one author beyond this rate are delayed."""
+
+
+def lan() -> Limits:
+    """Machines in one building or one region."""
+    return Limits()
+
+
+def wan() -> Limits:
+    """Home lines and several continents: longer time-outs, slower suspicion."""
+    return replace(
+        Limits(),
+        probe_interval=5.0,
+        probe_timeout=3.0,
+        suspicion_max_mult=6,
+        graft_timeout=2.0,
+        repair_interval=10.0,
+    )
+
+
+def sim() -> Limits:
+    """The simulator's many peers: as `lan`, with rarer progress."""
+    return replace(Limits(), progress_interval=30.0)
