@@ -1,0 +1,154 @@
+"""What a codec is, what it promises, and the registry that finds one by the name in the run file.
+
+A codec turns a vector of numbers into bytes and back: sparsify → quantise → entropy-code. The bytes
+are decoded by strangers, so everything that counts is decided here, once:
+
+*receives* `encode` takes a one-dimensional float32 vector on any device: the author's residual
+   times its weight, in units of q (so that rounding an element gives the integer it would add to the
+   ledger). It may be the whole model or one contiguous fragment of it: a codec sees a length, never
+   names or shapes. Elements must be finite.
+*returns* the payload and what it decodes to, so that the author need not decode its own bytes.
+*guarantees* (1) `decode(payload, size)` is exactly the `decoded` that `encode` returned, on every
+   device, with any number of threads, in every version; (2) the same vector and key give the same
+   bytes; (3) no payload is longer than `bound(size)`; (4) one canonical form: length exact, padding
+   zero, choices among equivalent forms fixed; (5) sparse payloads decode to (indices, values)
+   without touching the rest of the model.
+*refuses* `decode` raises `PayloadError` and nothing else, checks every declared length against the
+   bytes at hand before it allocates, and takes time and memory linear in `size`.
+
+Adding a codec is adding one file to `codecs/`: a frozen dataclass whose fields are its settings,
+under `@codec("name")`. `exact = True` says that it decodes to int32 in units of q, which the ledger
+needs; others (float32 values) are for mixing only.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from shoal.compression.settings import build, fill, unknown
+
+INT32_MAX = 2**31 - 1
+
+
+class PayloadError(ValueError):
+    """These bytes are not a payload of this codec for this size: the sender's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A vector as a payload states it: dense, or the touched entries alone."""
+
+    size: int
+    """Length of the vector."""
+    values: Tensor
+    """int32 in units of q (float32 from codecs that are not exact)."""
+    indices: Tensor | None = None
+    """int64, strictly increasing, one per value; None: the values are the whole vector."""
+
+    def dense(self) -> Tensor:
+        """Return the whole vector."""
+        if self.indices is None:
+            return self.values
+        whole = torch.zeros(self.size, dtype=self.values.dtype, device=self.values.device)
+        whole[self.indices] = self.values
+        return whole
+
+
+class Encoded(NamedTuple):
+    """A payload and what it decodes to."""
+
+    payload: bytes
+    decoded: Decoded
+
+
+class Codec(Protocol):
+    """The contract at the top of this file."""
+
+    exact: ClassVar[bool]
+    """Decodes to int32 in units of q: may be used in the ledger."""
+
+    def encode(self, x_D: Tensor, *, key: int = 0) -> Encoded:
+        """Return the payload of `x_D`; chance, where a codec uses any, comes from `key` alone."""
+        ...
+
+    def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
+        """Return the vector of `size` elements that the payload states, or raise PayloadError."""
+        ...
+
+    def bound(self, size: int) -> int:
+        """Return the most bytes that a payload of `size` elements can have."""
+        ...
+
+
+C = TypeVar("C", bound=type)
+_codecs: dict[str, Callable[..., Codec]] = {}
+
+
+def codec(name: str) -> Callable[[C], C]:
+    """Register a frozen dataclass as the codec `name`."""
+
+    def register(cls: C) -> C:
+        _codecs[name] = cls
+        return cls
+
+    return register
+
+
+def names() -> list[str]:
+    """Return the names of all codecs."""
+    _scan()
+    return sorted(_codecs)
+
+
+def filled(name: str, settings: Mapping[str, Any], *, where: str = "update") -> dict[str, Any]:
+    """Return all settings of codec `name` as plain data, or raise SettingError."""
+    cls = _find(name)
+    values = fill(cls, settings, where=where)
+    build(cls, values, where=where)
+    return values
+
+
+def make(name: str, settings: Mapping[str, Any], *, where: str = "update") -> Codec:
+    """Return the codec `name` with these settings, or raise SettingError."""
+    return build(_find(name), filled(name, settings, where=where), where=where)
+
+
+def settings_of(name: str) -> list[str]:
+    """Return the names of the settings of codec `name`."""
+    return sorted(fill(_find(name), {}, where=name))
+
+
+def to_integers(x_D: Tensor) -> Tensor:
+    """Round to the nearest integers (ties to even), within int32, as int64; refuse non-finite."""
+    if not bool(torch.isfinite(x_D).all()):
+        raise ValueError("cannot encode a vector with NaN or infinite elements")
+    # 2^31 - 1 is no float32; 2^31 - 128 is the largest below it.
+    return x_D.clamp(-2147483520.0, 2147483520.0).round().to(torch.int64)
+
+
+def sum_of_squares(values: Tensor) -> int:
+    """Return Σ v² of int32 values exactly; the sum may pass 2⁶⁴ (design 3.3)."""
+    total = 0
+    for start in range(0, len(values), 1 << 22):
+        squares = values[start : start + (1 << 22)].to(torch.int64).square()
+        total += int((squares >> 32).sum()) << 32
+        total += int((squares & 0xFFFFFFFF).sum())
+    return total
+
+
+def _find(name: str) -> Callable[..., Codec]:
+    _scan()
+    if name not in _codecs:
+        raise unknown("kind of update", name, _codecs)
+    return _codecs[name]
+
+
+def _scan() -> None:
+    package = importlib.import_module("shoal.compression.codecs")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
