@@ -1,11 +1,6 @@
-"""What is counted: named counters with one label each, and the bytes that the sockets carried."""
+"""What is counted: named counters with one label each. (Bytes on the sockets: traffic.py.)"""
 
-import os
-import socket
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 FAMILIES = {
     "dropped": ("reason", "What others sent and we did not take, by reason."),
@@ -69,87 +64,3 @@ def render_family(
 def _label(name: str, value: str) -> str:
     escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     return f'{{{name}="{escaped}"}}'
-
-
-# ---------------------------------------------------------------- bytes on the sockets
-
-HEADER_BYTES = 52
-"""IPv4 header (20) + TCP header (20) + timestamps (12), per segment."""
-
-# struct tcp_info of <linux/tcp.h>: three u64/u32 groups that have not moved since Linux 5.5
-_RECEIVED = struct.Struct("=Q")
-_SEGMENTS = struct.Struct("=II")
-_RECEIVED_AT, _SEGMENTS_AT, _SENT_AT = 128, 136, 200
-_LENGTH = 208
-
-
-@dataclass(slots=True)
-class SocketMeter:
-    """Adds up what this process' TCP sockets sent and received, by the kernel's own count.
-
-    `sample` must be called about once a second: what a socket carried between the last sample and
-    its closing is not seen. TLS, HTTP/2 framing, probes and headers are in; retransmissions too.
-    Ports in `without` (the status port) are left out. Without TCP_INFO everything stays zero.
-    """
-
-    without: Callable[[], set[int]]
-    bytes_in: int = 0
-    bytes_out: int = 0
-    _last: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def sample(self) -> None:
-        """Look at every open socket once."""
-        seen: dict[str, tuple[int, int]] = {}
-        ignored = self.without()
-        for fd, inode in _socket_fds():
-            if inode in seen:
-                continue  # the same socket under a second descriptor
-            counts = _tcp_counts(fd, ignored)
-            if counts is not None:
-                seen[inode] = counts
-        for inode, (received, sent) in seen.items():
-            before_in, before_out = self._last.get(inode, (0, 0))
-            # A closed socket's inode may come back for a new one, which then starts below.
-            self.bytes_in += received - (before_in if received >= before_in else 0)
-            self.bytes_out += sent - (before_out if sent >= before_out else 0)
-        self._last = seen
-
-
-def _socket_fds() -> Iterator[tuple[int, str]]:
-    try:
-        names = os.listdir("/proc/self/fd")
-    except OSError:
-        return  # not Linux
-    for name in names:
-        try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue  # closed meanwhile
-        if target.startswith("socket:"):
-            yield int(name), target
-
-
-def _tcp_counts(fd: int, ignored: set[int]) -> tuple[int, int] | None:
-    try:
-        view = socket.socket(fileno=fd)
-    except OSError:
-        return None
-    try:
-        if view.family not in (socket.AF_INET, socket.AF_INET6) or _port(view) in ignored:
-            return None
-        info = view.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    except OSError:
-        return None
-    finally:
-        view.detach()  # only looked at: the descriptor is somebody else's to close
-    if len(info) < _LENGTH:
-        return None
-    (received,) = _RECEIVED.unpack_from(info, _RECEIVED_AT)
-    segments_out, segments_in = _SEGMENTS.unpack_from(info, _SEGMENTS_AT)
-    (sent,) = _RECEIVED.unpack_from(info, _SENT_AT)
-    return received + HEADER_BYTES * segments_in, sent + HEADER_BYTES * segments_out
-
-
-def _port(view: socket.socket) -> int:
-    name: Any = view.getsockname()
-    return int(name[1])
