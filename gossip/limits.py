@@ -38,6 +38,12 @@ class Limits:
     """Ids remembered for duplicate suppression."""
     held_records: int = 1024
     """Records kept while their author's admission proof is fetched."""
+    recent: int = 2048
+    """Records remembered by id, to answer grafts."""
+    logs: int = 4096
+    """Authors (peer and log) in the frontier."""
+    wants: int = 256
+    """Ranges asked of one peer after one digest."""
     unordered: int = 4096
     """Updates kept above a hole, all authors together."""
     pulls: int = 16
@@ -71,6 +77,11 @@ class Limits:
     """A pull without progress for so long has failed."""
     progress_interval: float = 10.0
     """At least this long between progress records; grows with the swarm (members / 10 s)."""
+
+    join_patience: float = 15.0
+    """A peer that knows of others waits so long for one of them before it goes on alone."""
+    log_interval: float = 3600.0
+    """An author's neighbours take one additional new log of it in so long."""
 
     # ---- topology
     degree_min: int = 3

@@ -47,6 +47,11 @@ class Alive:
     boot: int
     """Random u64 of the process, so that a daemon can tell its twin from its own past."""
     standing: Standing
+    against: int = 0
+    """The boot of another process under this key that this one has heard of; 0: of none.
+
+    Only a process that runs now can name our boot: whoever does is our twin, not our past.
+    """
 
 
 @dataclass(frozen=True, slots=True)

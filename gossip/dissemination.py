@@ -1,0 +1,143 @@
+"""Push records along eager links, announce them on lazy ones, graft and prune (Plumtree).
+
+The eager links form a tree that repairs itself: a record that arrives twice prunes the second link;
+one that is announced but does not arrive in `graft_timeout` is fetched and makes its link eager.
+"""
+
+from dataclasses import dataclass, field
+
+from shoal.gossip.limits import Limits
+from shoal.gossip.messages import Announce, Graft, Prune
+from shoal.gossip.names import Hash, PeerId
+from shoal.gossip.outbox import Outbox
+from shoal.gossip.records import Record
+from shoal.gossip.timers import Timers
+
+MOST_SOURCES = 4
+"""Announcers remembered for one missing record."""
+
+
+@dataclass(slots=True)
+class Dissemination:
+    """Links and what travels on them."""
+
+    limits: Limits
+    timers: Timers
+    out: Outbox
+    links: dict[PeerId, bool] = field(default_factory=dict)
+    """Open links: eager or not."""
+    recent: dict[Hash, Record] = field(default_factory=dict)
+    """The last records passed on, to answer grafts."""
+    _seen: set[Hash] = field(default_factory=set)
+    _seen_before: set[Hash] = field(default_factory=set)
+    _queued: dict[PeerId, list[Hash]] = field(default_factory=dict)
+    _absent: dict[Hash, list[PeerId]] = field(default_factory=dict)
+    """Announced, not yet here: who has it."""
+
+    def seen(self, record: Hash) -> bool:
+        """Say whether this record was taken in lately."""
+        return record in self._seen or record in self._seen_before
+
+    def see(self, record: Hash) -> None:
+        """Remember that this record was taken in, or that it need not be."""
+        self._seen.add(record)
+        if self._absent.pop(record, None):
+            self.timers.cancel("graft", record)
+        if len(self._seen) > self.limits.seen // 2:
+            self._seen_before, self._seen = self._seen, set()
+
+    def link_up(self, peer: PeerId) -> None:
+        """A link is open; it starts eager."""
+        self.links[peer] = True
+
+    def link_down(self, peer: PeerId) -> None:
+        """A link is gone."""
+        self.links.pop(peer, None)
+        self._queued.pop(peer, None)
+
+    def forward(self, record: Record, source: PeerId | None, holders: set[PeerId]) -> None:
+        """Pass a new record on to every link but its source and those known to hold it."""
+        self.remember(record)
+        for peer, eager in self.links.items():
+            if peer == source or peer in holders:
+                continue
+            if eager:
+                self.out.push(peer, record)
+            else:
+                queue = self._queued.setdefault(peer, [])
+                if len(queue) < self.limits.recent:
+                    queue.append(record.id)
+                    self._wake_announcer()
+
+    def remember(self, record: Record) -> None:
+        """Keep a record to answer grafts."""
+        self.recent[record.id] = record
+        if len(self.recent) > self.limits.recent:
+            del self.recent[next(iter(self.recent))]
+
+    def _wake_announcer(self) -> None:
+        if not self.timers.pending("announce"):
+            self.timers.set("announce", self.now + self.limits.announce_interval)
+
+    now: float = 0.0
+    """Time of the current event."""
+
+    def on_time(self, what: str, whom: bytes) -> bool:
+        """Do what is due; say whether it was ours to do."""
+        match what:
+            case "announce":
+                for peer, ids in self._queued.items():
+                    self.out.send(peer, Announce(tuple(ids)))
+                self._queued = {}
+            case "graft":
+                self._graft(Hash(whom))
+            case _:
+                return False
+        return True
+
+    def duplicate(self, peer: PeerId) -> None:
+        """`peer` pushed what we had already: let it only announce from now on."""
+        if self.links.get(peer):
+            self.links[peer] = False
+            self.out.send(peer, Prune())
+
+    def useful(self, peer: PeerId) -> None:
+        """`peer` pushed what we did not have: its link belongs to the tree."""
+        if peer in self.links:
+            self.links[peer] = True
+
+    def on_prune(self, peer: PeerId) -> None:
+        """`peer` gets our records from somebody else."""
+        if peer in self.links:
+            self.links[peer] = False
+
+    def on_announce(self, peer: PeerId, ids: tuple[Hash, ...]) -> None:
+        """`peer` has these; wait a little for those we lack to come along the tree."""
+        for record in ids:
+            if self.seen(record):
+                continue
+            sources = self._absent.get(record)
+            if sources is None:
+                if len(self._absent) >= self.limits.recent:
+                    return
+                self._absent[record] = [peer]
+                self.timers.set("graft", self.now + self.limits.graft_timeout, record)
+            elif peer not in sources and len(sources) < MOST_SOURCES:
+                sources.append(peer)
+
+    def _graft(self, record: Hash) -> None:
+        sources = self._absent.get(record)
+        if sources is None:
+            return
+        if not sources:
+            del self._absent[record]
+            return
+        peer = sources.pop(0)
+        self.timers.set("graft", self.now + self.limits.graft_timeout, record)
+        self.useful(peer)
+        self.out.send(peer, Graft((record,)))
+
+    def on_graft(self, peer: PeerId) -> None:
+        """`peer` wants our records pushed."""
+        if peer in self.links:
+            self.links[peer] = True

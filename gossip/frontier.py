@@ -1,0 +1,272 @@
+"""Which updates are in: counts and running hashes per author, holes, closings, what is settled.
+
+The *frontier* counts, for each author, the updates held without a hole. `frontier_hash` stands for
+all of it: BLAKE2b-256 over the lines `peer ‖ log ‖ count ‖ closed ‖ running hash` (log as u64,
+counts as u32, big endian) of all authors in order; lines without updates and closing are left out.
+"""
+
+from array import array
+from bisect import bisect_right, insort
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+
+from shoal.gossip.messages import Entry
+from shoal.gossip.names import NO_HASH, Author, Hash, PeerId, digest, running
+from shoal.gossip.records import Update
+
+Counts = tuple[tuple[Author, int], ...]
+"""A version vector as it travels: sorted by author, zero counts left out."""
+
+
+class Taken(Enum):
+    """What became of an update offered to a frontier."""
+
+    NEW = 1
+    KNOWN = 2
+    CONFLICT = 3
+    """Another record is held under this number: the author equivocated."""
+    CLOSED = 4
+    """The log is closed at this number or below: the update counts for nobody."""
+    REFUSED = 5
+    """Too far above a hole, or one log too many: ask again later."""
+
+
+def line(author: Author, count: int, closed: int, run: bytes) -> bytes:
+    """Return one author's line of a frontier hash."""
+    return b"".join(
+        (
+            author.peer,
+            author.log.to_bytes(8, "big"),
+            count.to_bytes(4, "big"),
+            closed.to_bytes(4, "big"),
+            run,
+        )
+    )
+
+
+def entries_hash(entries: Iterable[Entry]) -> Hash:
+    """Return the frontier hash of entries sorted by author."""
+    return digest(
+        b"".join(line(e.author, e.count, e.closed, e.hash) for e in entries if e.count or e.closed)
+    )
+
+
+class Log:
+    """One author's updates: a running hash and a turn per number, and what lies above a hole."""
+
+    __slots__ = ("_line", "above", "closed", "hashes", "turns")
+
+    def __init__(self) -> None:
+        self.hashes = bytearray()
+        self.turns = array("L")
+        self.above: dict[int, tuple[Hash, int]] = {}
+        """Number → (record id, turn)."""
+        self.closed = 0
+        self._line: bytes | None = None
+
+    @property
+    def count(self) -> int:
+        """How many updates are in without a hole."""
+        return len(self.turns)
+
+    def hash_at(self, count: int) -> Hash:
+        """Return the running hash after `count` updates."""
+        return Hash(bytes(self.hashes[32 * count - 32 : 32 * count])) if count else NO_HASH
+
+    def line(self, author: Author) -> bytes:
+        """Return this log's line of the frontier hash."""
+        if self._line is None:
+            empty = not self.turns and not self.closed
+            self._line = (
+                b"" if empty else line(author, self.count, self.closed, self.hash_at(self.count))
+            )
+        return self._line
+
+    def append(self, record: Hash, turn: int) -> None:
+        """Take the next number in."""
+        self.hashes += running(self.hash_at(self.count), record)
+        # The largest turn so far: an author's turns must not decrease, and a liar's do not matter.
+        self.turns.append(max(turn, self.turns[-1]) if self.turns else turn)
+        self._line = None
+
+    def close(self, number: int) -> None:
+        """Forget everything from `number` on."""
+        self.closed = number
+        del self.turns[number - 1 :], self.hashes[32 * (number - 1) :]
+        self.above = {n: v for n, v in self.above.items() if n < number}
+        self._line = None
+
+    def prefix(self, turn: int) -> int:
+        """Return how many updates precede the first one of a turn after `turn`."""
+        return bisect_right(self.turns, turn)
+
+
+class Frontier:
+    """A grow-only set of updates, seen through counts. Merging is commutative and idempotent."""
+
+    def __init__(self, *, unordered: int = 4096, logs: int = 4096) -> None:
+        self.logs: dict[Author, Log] = {}
+        self._order: list[Author] = []
+        self._unordered = 0
+        self._most_unordered = unordered
+        self._most_logs = logs
+        self._hash: Hash | None = None
+
+    # ------------------------------------------------------------ questions
+
+    def count(self, author: Author) -> int:
+        """Return how many of this author's updates are in without a hole."""
+        log = self.logs.get(author)
+        return log.count if log else 0
+
+    def closed(self, author: Author) -> int:
+        """Return the number from which the log is closed; 0 while it is open."""
+        log = self.logs.get(author)
+        return log.closed if log else 0
+
+    def authors(self) -> list[Author]:
+        """Return all authors, sorted."""
+        return self._order
+
+    def counts(self) -> Counts:
+        """Return the version vector."""
+        return tuple((a, n) for a in self._order if (n := self.logs[a].count))
+
+    def up_to_turn(self, turn: int) -> Counts:
+        """Return the version vector of the updates of turns ≤ `turn` (lockstep)."""
+        return tuple((a, n) for a in self._order if (n := self.logs[a].prefix(turn)))
+
+    def total(self) -> int:
+        """Return the number of updates in."""
+        return sum(log.count for log in self.logs.values())
+
+    def entry(self, author: Author) -> Entry:
+        """Return one author's line."""
+        log = self.logs[author]
+        return Entry(author, log.count, log.hash_at(log.count), log.closed)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Return the whole frontier, sorted by author."""
+        return tuple(e for e in map(self.entry, self._order) if e.count or e.closed)
+
+    @property
+    def hash(self) -> Hash:
+        """The hash of the whole frontier."""
+        if self._hash is None:
+            self._hash = digest(b"".join([self.logs[a].line(a) for a in self._order]))
+        return self._hash
+
+    def hash_at(self, counts: Mapping[Author, int]) -> Hash | None:
+        """Return the hash of this frontier cut back to `counts`; None if it is not so far."""
+        lines = []
+        for author in self._order:
+            log, count = self.logs[author], counts.get(author, 0)
+            if count > log.count:
+                return None
+            if count or log.closed:
+                lines.append(line(author, count, log.closed, log.hash_at(count)))
+        if any(author not in self.logs for author, count in counts.items() if count):
+            return None
+        return digest(b"".join(lines))
+
+    def missing(self, author: Author, up_to: int) -> list[tuple[int, int]]:
+        """Return the ranges of numbers ≤ `up_to` that are neither in nor above a hole."""
+        log = self.logs.get(author)
+        if log is None:
+            return [(1, up_to)] if up_to else []
+        if log.closed:
+            up_to = min(up_to, log.closed - 1)
+        ranges, first = [], log.count + 1
+        for number in (*sorted(n for n in log.above if n <= up_to), up_to + 1):
+            if number > first:
+                ranges.append((first, number - 1))
+            first = number + 1
+        return ranges
+
+    def look(self, update: Update, record: Hash) -> Taken:
+        """Say what `add` would answer, without changing anything."""
+        log = self.logs.get(update.author)
+        if log is None:
+            return Taken.NEW if len(self.logs) < self._most_logs else Taken.REFUSED
+        number = update.number
+        if log.closed and number >= log.closed:
+            return Taken.CLOSED
+        if number <= log.count:
+            same = running(log.hash_at(number - 1), record) == log.hash_at(number)
+            return Taken.KNOWN if same else Taken.CONFLICT
+        if number in log.above:
+            return Taken.KNOWN if log.above[number][0] == record else Taken.CONFLICT
+        if number > log.count + 1 and self._unordered >= self._most_unordered:
+            return Taken.REFUSED
+        return Taken.NEW
+
+    # ------------------------------------------------------------ changes
+
+    def add(self, update: Update, record: Hash) -> Taken:
+        """Take an update in, or keep it above a hole."""
+        taken = self.look(update, record)
+        if taken is Taken.NEW:
+            log = self._log(update.author)
+            log.above[update.number] = (record, update.turn)
+            self._unordered += 1
+            while (number := log.count + 1) in log.above:
+                log.append(*log.above.pop(number))
+                self._unordered -= 1
+                self._hash = None
+        return taken
+
+    def close(self, author: Author, number: int) -> bool:
+        """Close a log at `number` (the smallest wins); say whether that changed anything."""
+        log = self._log(author)
+        if log.closed and log.closed <= number:
+            return False
+        before = len(log.above)
+        log.close(number)
+        self._unordered -= before - len(log.above)
+        self._hash = None
+        return True
+
+    def _log(self, author: Author) -> Log:
+        log = self.logs.get(author)
+        if log is None:
+            log = self.logs[author] = Log()
+            insort(self._order, author)
+        return log
+
+
+class Rows:
+    """What each member has stated to hold: one row of u32 counts per member (design 3.4).
+
+    Only statements whose running hash equals ours are entered, so that settled means settled on
+    the same updates.
+    """
+
+    def __init__(self) -> None:
+        self._column: dict[Author, int] = {}
+        self._rows: dict[PeerId, array[int]] = {}
+
+    def state(self, member: PeerId, author: Author, count: int) -> None:
+        """`member` holds the first `count` updates of `author`, as we do."""
+        column = self._column.setdefault(author, len(self._column))
+        row = self._rows.setdefault(member, array("I"))
+        if column >= len(row):
+            row.extend([0] * (len(self._column) - len(row)))
+        row[column] = max(row[column], count)
+
+    def holds(self, member: PeerId, author: Author) -> int:
+        """Return how many updates of `author` this member has stated to hold."""
+        column, row = self._column.get(author), self._rows.get(member)
+        return row[column] if row is not None and column is not None and column < len(row) else 0
+
+    def forget(self, member: PeerId) -> None:
+        """`member` no longer counts."""
+        self._rows.pop(member, None)
+
+    def settled(
+        self, frontier: Frontier, members: Iterable[PeerId]
+    ) -> Iterator[tuple[Author, int]]:
+        """Yield for each author how many updates every one of `members` (not us) holds."""
+        others = sorted(members)
+        for author in frontier.authors():
+            least = min((self.holds(m, author) for m in others), default=frontier.count(author))
+            yield author, min(least, frontier.count(author))

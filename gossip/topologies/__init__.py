@@ -1,0 +1,1 @@
+"""One shape per file; gossip/topology.py scans this folder."""
