@@ -54,9 +54,9 @@ def refusal() -> str | None:
 class Host:
     """One namespace with an address that the other hosts can reach."""
 
-    def __init__(self, name: str, hub: str, port: str, address: str) -> None:
+    def __init__(self, name: str, hub: str, port: str, address: str, *, routed: bool) -> None:
         self.name, self.address = name, address
-        self._hub, self._port = hub, port
+        self._hub, self._port, self._routed = hub, port, routed
         self.started: list[subprocess.Popen[Any]] = []
 
     def command(self, command: Sequence[str]) -> list[str]:
@@ -83,12 +83,22 @@ class Host:
         return process
 
     def cut(self) -> None:
-        """Pull the plug: nothing reaches or leaves this host, and nobody is told."""
-        _ip("-n", self._hub, "link", "set", self._port, "down")
+        """Lose everything to and from this host. Nobody is told: no carrier lost, no ICMP."""
+        if self._routed:
+            self._blackholes("add")
+        else:
+            _ip("-n", self._hub, "link", "set", self._port, "nomaster")
 
     def heal(self) -> None:
-        """Put the plug back."""
-        _ip("-n", self._hub, "link", "set", self._port, "up")
+        """Let everything through again."""
+        if self._routed:
+            self._blackholes("del")
+        else:
+            _ip("-n", self._hub, "link", "set", self._port, "master", "br0")
+
+    def _blackholes(self, verb: str) -> None:
+        for selector in (("iif", self._port), ("to", self.address)):
+            _ip("-n", self._hub, "rule", verb, "pref", "10", *selector, "blackhole")
 
     def counters(self) -> tuple[int, int]:
         """Return (received, sent) bytes of the host's interface, link headers included."""
@@ -157,7 +167,7 @@ def _plug_in(stem: str, hub: str, i: int, routed: bool) -> Host:
         _ip("-n", hub, "link", "set", port, "master", "br0", "up")
         # Linux sends no multicast without a route for it.
         _ip("-n", name, "route", "add", "default", "dev", "eth0")
-    return Host(name, hub, port, address)
+    return Host(name, hub, port, address, routed=routed)
 
 
 def _ip(*arguments: str) -> str:
