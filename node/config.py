@@ -1,8 +1,8 @@
 """What a run file and node.toml may say, and the one clear line when they say something else.
 
 The run file holds everything that must be equal on all peers; node.toml and the command line hold
-what is local. Options of the parts (`task.model`, `local.optimizer`, `exchange.update` …) are kept
-as plain tables here: the worker, which has the parts, checks them against their own dataclasses.
+what is local. The tables are those of training/tables.py; options of the parts (`task.*`,
+`local.optimizer`, `exchange.update`) stay plain here: the worker, which has the parts, checks them.
 """
 
 import difflib
@@ -10,18 +10,17 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from shoal.gossip import limits as presets
 from shoal.gossip.limits import Limits
 from shoal.node.errors import ConfigError
 from shoal.node.files import write_atomically
+from shoal.training import tables
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-"""What a run may be called: it becomes the name of a directory."""
 RUN_FILE_BYTES = 1 << 18
 _DEPTH = 4
 _TEXT = 256
@@ -33,8 +32,6 @@ _WORDS: Mapping[type, str] = {
     bool: "true or false",
     dict: "a table: { name = value, … }",
 }
-Value = bool | int | float | str | list["Value"] | dict[str, "Value"]
-"""What TOML and JSON have in common."""
 Options = dict[str, Any]
 """The plain table of a part's options; the worker gives it its types."""
 _Table = TypeVar("_Table")
@@ -54,45 +51,18 @@ def _at_least(value: float, least: float, name: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Table [run]: what the run is called and how long it goes on."""
-
-    name: str
-    seed: int = 0
-    """Fixes the initial model, the held-out data and every other draw that peers share."""
-    turns: int = 0
-    """Each peer stops publishing after this many turns; 0: for ever."""
-
-    def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise ConfigError(
-                f"run.name = {self.name!r}: use 1-64 small letters, digits, '.', '_' and '-', "
-                "and begin with a letter or a digit"
-            )
-        if not 0 <= self.seed < 1 << 63:
-            raise ConfigError(f"run.seed = {self.seed}: choose one from 0 to 2**63 - 1")
-        _at_least(self.turns, 0, "run.turns")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Table [task]: what is trained."""
+    """Table [task]: what is trained. All keys but `name` are the task's own."""
 
     name: str
     """A built-in task, an installed entry point of `shoal.tasks`, or `package.module:Factory`."""
-    model: Options = field(default_factory=dict)
-    """Options of the task's model."""
     options: Options = field(default_factory=dict)
-    """Further options of the task."""
-    buffers: str = "refuse"
-    """`local`: allow a model whose floating-point buffers change; each peer keeps its own."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+(:[A-Za-z0-9_.]+)?", self.name):
             raise ConfigError(
                 f"task.name = {self.name!r}: use the name of a task, or package.module:Factory"
             )
-        _choice(self.buffers, "task.buffers", ("refuse", "local"))
 
     @property
     def is_import(self) -> bool:
@@ -101,92 +71,14 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Local:
-    """Table [local]: how each peer trains between two updates."""
-
-    optimizer: Options = field(default_factory=lambda: {"name": "adamw"})
-    batch: int = 16
-    steps: int = 0
-    """Local steps a turn; 0: as many as fit into `turn_seconds`."""
-    turn_seconds: float = 0.0
-    min_steps: int = 1
-    max_steps: int = 100_000
-
-    def __post_init__(self) -> None:
-        _at_least(self.batch, 1, "local.batch")
-        _at_least(self.steps, 0, "local.steps")
-        _at_least(self.turn_seconds, 0, "local.turn_seconds")
-        _at_least(self.min_steps, 1, "local.min_steps")
-        _at_least(self.max_steps, self.min_steps, "local.max_steps")
-        if bool(self.steps) == bool(self.turn_seconds):
-            raise ConfigError(
-                "local.steps and local.turn_seconds: give one of them (steps = 30, or "
-                "turn_seconds = 2.0)"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exchange:
-    """Table [exchange]: how the peers' models become one."""
-
-    mode: str = "ledger"
-    update: Options = field(default_factory=lambda: {"kind": "dense"})
-    quantum_bits: int = 24
-    """The model is kept in units of 2**-quantum_bits: 24 holds |w| < 128, 28 |w| < 8."""
-    clip: float = 0.0
-    """Updates whose Σc² exceeds this multiple of the initial model's count zero; 0: off."""
-    participation: float = 1.0
-    """Share of the peers that are drawn to publish in a turn."""
-
-    def __post_init__(self) -> None:
-        if self.mode == "mixing":
-            raise ConfigError(
-                'exchange.mode = "mixing" is not in this version yet; use mode = "ledger"'
-            )
-        _choice(self.mode, "exchange.mode", ("ledger",))
-        if not 8 <= self.quantum_bits <= 30:
-            raise ConfigError(f"exchange.quantum_bits = {self.quantum_bits}: choose 8 to 30")
-        _at_least(self.clip, 0, "exchange.clip")
-        if not 0 < self.participation <= 1:
-            raise ConfigError(
-                f"exchange.participation = {self.participation}: choose more than 0, at most 1"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Swarm:
-    """Table [swarm]: who may take part, and who talks to whom."""
-
-    admission: str = "open"
-    topology: str = "exponential"
-    min_peers: int = 1
-    """The size the run expects: with fewer, each steps and shards as if so many were there."""
-    pace: str = "free"
-    """`free`: nobody waits; `lockstep`: turn t + 1 starts when all updates of turn t are there."""
-
-    def __post_init__(self) -> None:
-        if self.admission == "invite":
-            raise ConfigError(
-                'swarm.admission = "invite" is not in this version yet; use "secret" to keep '
-                "strangers out"
-            )
-        _choice(self.admission, "swarm.admission", ("open", "secret"))
-        _choice(self.pace, "swarm.pace", ("free", "lockstep"))
-        if not 1 <= self.min_peers <= Limits().ledger_members:
-            raise ConfigError(
-                f"swarm.min_peers = {self.min_peers}: choose 1 to {Limits().ledger_members}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFile:
     """A run file: five tables."""
 
-    run: Run
+    run: tables.Run
     task: Task
-    local: Local
-    exchange: Exchange = field(default_factory=Exchange)
-    swarm: Swarm = field(default_factory=Swarm)
+    local: tables.Local = field(default_factory=tables.Local)
+    exchange: tables.Exchange = field(default_factory=tables.Exchange)
+    swarm: tables.Swarm = field(default_factory=tables.Swarm)
 
     @staticmethod
     def load(path: Path) -> "RunFile":
@@ -194,11 +86,11 @@ class RunFile:
         return RunFile.parse(read_toml(path), where=str(path))
 
     @staticmethod
-    def parse(tables: object, *, where: str) -> "RunFile":
+    def parse(given: object, *, where: str) -> "RunFile":
         """Check plain tables; `where` begins every complaint."""
         try:
-            _check_plain(tables, "the run file", 0)
-            return _build(RunFile, tables, "")
+            _check_plain(given, "the run file", 0)
+            return _build(RunFile, given, "")
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
 
@@ -210,24 +102,24 @@ class RunFile:
                 f"{where}: {len(data)} bytes; a run file has at most {RUN_FILE_BYTES}"
             )
         try:
-            tables = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_doubles)
+            given = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_doubles)
         except (ValueError, RecursionError):
             raise ConfigError(f"{where}: not a run file in JSON") from None
-        return RunFile.parse(tables, where=where)
+        return RunFile.parse(given, where=where)
 
     def tables(self) -> dict[str, Any]:
         """Return the five tables as plain values."""
-        return asdict(self)
+        return asdict(self) | {"task": {"name": self.task.name, **self.task.options}}
 
     def to_toml(self) -> str:
         """Return the run file as TOML, for people."""
         return to_toml(self.tables())
 
 
-def canonical(tables: Mapping[str, object]) -> bytes:
+def canonical(plain: Mapping[str, object]) -> bytes:
     """Return the one form of plain tables that a genesis holds: JSON, sorted keys, no spaces."""
     text = json.dumps(
-        tables, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     return text.encode()
 
@@ -289,11 +181,17 @@ class NodeConfig:
             raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
     def merged(self, flags: Mapping[str, object]) -> "NodeConfig":
-        """Return it with what the command line gave: None and () mean not given.
+        """Return it with what the command line gave: None, False and () mean not given.
 
-        Paths become absolute, so that the directory can be resumed from anywhere.
+        Paths become absolute, so that the directory can be resumed from anywhere. Other names are
+        left alone, so that a whole `vars(args)` may be passed.
         """
-        given = {name: value for name, value in flags.items() if value not in (None, ())}
+        mine = {f.name for f in fields(self)}
+        given = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in flags.items()
+            if name in mine and value not in (None, (), [], False)
+        }
         for name in ("data", "identity", "secret_file"):
             if given.get(name):
                 given[name] = str(Path(str(given[name])).expanduser().absolute())
@@ -350,11 +248,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
-def to_toml(tables: Mapping[str, object]) -> str:
+def to_toml(plain: Mapping[str, object]) -> str:
     """Write plain tables as TOML: one section for each table, the tables in them inline."""
-    flat = {k: v for k, v in tables.items() if not isinstance(v, dict)}
+    flat = {k: v for k, v in plain.items() if not isinstance(v, dict)}
     lines = [f"{_key(k)} = {_toml(v)}" for k, v in flat.items()]
-    for name, table in tables.items():
+    for name, table in plain.items():
         if isinstance(table, dict):
             lines += ["", f"[{_key(name)}]"] if lines else [f"[{_key(name)}]"]
             lines += [f"{_key(k)} = {_toml(v)}" for k, v in table.items()]
@@ -378,6 +276,10 @@ def _build(cls: type[_Table], table: object, path: str) -> _Table:
     if not isinstance(table, dict):
         raise ConfigError(f"{path or 'the file'} = {table!r}: expected {_WORDS[dict]}")
     types = get_type_hints(cls)
+    if cls is Task:
+        table = {"options": {k: v for k, v in table.items() if k != "name"}} | (
+            {"name": table["name"]} if "name" in table else {}
+        )
     for key in table:
         if key not in types:
             raise unknown_key(key, path, types)
@@ -385,31 +287,29 @@ def _build(cls: type[_Table], table: object, path: str) -> _Table:
         key: _convert(value, types[key], f"{path}.{key}" if path else key)
         for key, value in table.items()
     }
-    needed = [f.name for f in fields(cast("Any", cls)) if f.default is f.default_factory]
-    for key in needed:
+    for key in (f.name for f in fields(cast("Any", cls)) if f.default is f.default_factory):
         if key not in values:
-            section = types[key] in (Run, Task, Local)
-            what = f"table [{key}]" if section else f"key {key!r} in [{path}]"
+            what = f"key {key!r} in [{path}]" if path else f"table [{key}]"
             raise ConfigError(f"{what} is missing")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
 
 
 def _convert(value: object, kind: Any, path: str) -> object:
-    if kind in (Run, Task, Local, Exchange, Swarm):
-        return _build(kind, value, path)
-    origin = get_origin(kind)
-    if origin in (Union, UnionType):
-        kind = next(k for k in get_args(kind) if k is not NoneType)
-    if origin is tuple:
+    if is_dataclass(kind):
+        return _build(cast("type[Any]", kind), value, path)
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+    if kinds == (tuple,):
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             return tuple(value)
         raise ConfigError(f'{path} = {value!r}: expected a list of texts: ["…", "…"]')
-    kind = origin or kind
-    if kind is float and type(value) is int:
+    if type(value) in kinds:
+        return value
+    if float in kinds and type(value) is int:
         return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{path} = {value!r}: expected {_WORDS[kind]}")
-    return value
+    raise ConfigError(f"{path} = {value!r}: expected {' or '.join(_WORDS[k] for k in kinds)}")
 
 
 def _check_plain(value: object, path: str, depth: int) -> None:

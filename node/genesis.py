@@ -60,7 +60,7 @@ class Genesis:
         """Tell whether `integers` are the initial model."""
         if len(integers) != self.initial_bytes:
             return False
-        return merkle.root(integers) == self.initial_root
+        return merkle.root_of(bytes(integers)) == self.initial_root
 
 
 def found(
