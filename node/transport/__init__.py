@@ -1,0 +1,1 @@
+"""Ways to reach other peers: gRPC carries, libp2p finds."""

@@ -30,6 +30,7 @@ from importlib import import_module
 from typing import Any
 
 from shoal.gossip.names import PeerId
+from shoal.node.addresses import machine
 
 log = logging.getLogger(__name__)
 
@@ -695,19 +696,9 @@ def mdns_type(seed: bytes) -> str:
 
 def own_addresses() -> tuple[str, ...]:
     """Return the machine's IPv4 addresses, loopback only when there is nothing else."""
-    import ifaddr  # comes with zeroconf
-
-    found = {
-        str(ip.ip)
-        for adapter in ifaddr.get_adapters()
-        for ip in adapter.ips
-        if isinstance(ip.ip, str)
-    }
-    usable = sorted(
-        (a for a in found if not ipaddress.ip_address(a).is_link_local), key=ipaddress.ip_address
-    )
-    outside = tuple(a for a in usable if not ipaddress.ip_address(a).is_loopback)
-    return outside or ("127.0.0.1",)
+    found = [ip for ip in machine() if "." in ip]
+    outside = sorted(ip for ip in found if not ipaddress.ip_address(ip).is_loopback)
+    return tuple(outside) or ("127.0.0.1",)
 
 
 def _pack(addresses: tuple[str, ...], contact: bytes, limits: FinderLimits) -> bytes:

@@ -1,0 +1,280 @@
+"""Whom to dial, by a clock of the test's own; and the loop that dials."""
+
+import asyncio
+import json
+import random
+from collections.abc import Iterable
+from itertools import pairwise
+
+import pytest
+
+from shoal.gossip.names import PeerId
+from shoal.node.addresses import parse
+from shoal.node.discovery import Book, Discovery, DiscoveryLimits, Outcome, Source
+from shoal.node.identity import peer_text
+from shoal.node.transport.libp2p import Hint
+
+LIMITS = DiscoveryLimits()
+
+
+def peer(n: int) -> PeerId:
+    return PeerId(n.to_bytes(32, "big"))
+
+
+def at(n: int) -> list[str]:
+    return [f"/ip4/203.0.113.{n}/tcp/7464"]
+
+
+def book(limits: DiscoveryLimits = LIMITS) -> Book:
+    return Book(peer(0), limits, random.Random(7))
+
+
+def names(suggestions: Iterable[object]) -> list[int]:
+    return [int.from_bytes(s.peer, "big") for s in suggestions]  # type: ignore[attr-defined]
+
+
+def test_nobody_is_dialled_with_enough_links() -> None:
+    it = book()
+    it.add(peer(1), at(1), Source.BOOTSTRAP, now=0)
+    assert it.due([peer(8), peer(9)], wanted=2, now=0) == []
+    assert names(it.due([peer(8)], wanted=2, now=0)) == [1]
+
+
+def test_as_many_are_suggested_as_are_missing_counting_dials_under_way() -> None:
+    it = book()
+    for n in range(1, 6):
+        it.add(peer(n), at(n), Source.FOUND, now=0)
+    assert len(it.due([], wanted=2, now=0)) == 2
+    assert it.due([], wanted=2, now=0) == []
+    assert len(it.due([], wanted=3, now=0)) == 1
+
+
+def test_never_more_dials_than_the_bound() -> None:
+    it = book()
+    for n in range(1, 20):
+        it.add(peer(n), at(n), Source.FOUND, now=0)
+    assert len(it.due([], wanted=50, now=0)) == LIMITS.dials
+    assert it.due([], wanted=50, now=99) == []
+
+
+def test_bootstrap_comes_before_remembered_before_found() -> None:
+    it = book()
+    for n, source in ((1, Source.FOUND), (2, Source.BOOTSTRAP), (3, Source.REMEMBERED)):
+        it.add(peer(n), at(n), source, now=0)
+    assert names(it.due([], wanted=3, now=0)) == [2, 3, 1]
+
+
+def test_who_never_failed_comes_before_a_bootstrap_that_did() -> None:
+    it = book()
+    it.add(peer(1), at(1), Source.BOOTSTRAP, now=0)
+    it.due([], wanted=1, now=0)
+    it.settle(peer(1), Outcome.UNREACHABLE, now=1)
+    it.add(peer(2), at(2), Source.FOUND, now=50)
+    assert names(it.due([], wanted=2, now=50)) == [2, 1]
+
+
+def test_pauses_double_up_to_the_bound_and_end_with_a_link() -> None:
+    it = book()
+    it.add(peer(1), at(1), Source.BOOTSTRAP, now=0)
+    now, pauses = 0.0, []
+    for _ in range(12):
+        while not it.due([], wanted=1, now=now):
+            now += 0.25
+            assert now < 10_000
+        it.settle(peer(1), Outcome.UNREACHABLE, now=now)
+        pauses.append(now)
+    gaps = [b - a for a, b in pairwise(pauses)]
+    assert gaps[0] < 3
+    assert all(b > a for a, b in pairwise(gaps[:7]))
+    assert max(gaps) <= 1.25 * LIMITS.retry_max + 0.25
+    assert gaps[-1] >= 0.75 * LIMITS.retry_max
+    while not it.due([], wanted=1, now=now):
+        now += 1
+    it.settle(peer(1), Outcome.LINKED, now=now)
+    assert it.due([], wanted=1, now=now + 1) == []  # just lost: the core's business first
+    assert names(it.due([], wanted=1, now=now + LIMITS.relink)) == [1]
+
+
+def test_who_refuses_is_left_alone_even_when_found_again() -> None:
+    it = book()
+    it.add(peer(1), at(1), Source.FOUND, now=0)
+    it.due([], wanted=1, now=0)
+    it.settle(peer(1), Outcome.REFUSED, now=0)
+    it.add(peer(1), at(1), Source.FOUND, now=10)
+    it.seen(peer(1), now=10)
+    assert it.due([], wanted=1, now=LIMITS.refused - 1) == []
+    assert names(it.due([], wanted=1, now=LIMITS.refused)) == [1]
+
+
+def test_new_addresses_are_tried_at_once_and_first() -> None:
+    it = book()
+    it.add(peer(1), at(1), Source.FOUND, now=0)
+    it.due([], wanted=1, now=0)
+    it.settle(peer(1), Outcome.UNREACHABLE, now=0)
+    it.add(peer(1), at(1), Source.FOUND, now=0.1)
+    assert it.due([], wanted=1, now=0.1) == []
+    it.add(peer(1), at(9), Source.FOUND, now=0.2)
+    [suggestion] = it.due([], wanted=1, now=0.2)
+    assert suggestion.addresses == (*at(9), *at(1))
+
+
+def test_a_peer_seen_alive_is_tried_at_once() -> None:
+    it = book()
+    it.add(peer(1), at(1), Source.FOUND, now=0)
+    for now in (0, 1000, 2000, 3000):
+        it.due([], wanted=1, now=now)
+        it.settle(peer(1), Outcome.UNREACHABLE, now=now)
+    assert it.due([], wanted=1, now=3001) == []
+    it.seen(peer(1), now=3001)
+    assert names(it.due([], wanted=1, now=3001)) == [1]
+
+
+def test_self_and_what_is_no_address_never_enter() -> None:
+    it = book()
+    it.add(peer(0), at(1), Source.FOUND, now=0)
+    it.add(peer(1), ["/ip4/0.0.0.0/tcp/1", "http://x", "", "/ip4/1.2.3.4/tcp/99999"], 2, now=0)  # type: ignore[arg-type]
+    assert len(it) == 0
+
+
+def test_the_book_is_bounded_and_keeps_bootstrap_and_linked_peers() -> None:
+    it = book(DiscoveryLimits(peers=10, addresses=3))
+    it.add(peer(1), at(1), Source.BOOTSTRAP, now=0)
+    it.add(peer(2), at(2), Source.FOUND, now=0)
+    it.due([peer(2)], wanted=0, now=0)
+    for n in range(3, 200):
+        it.add(peer(n), at(n % 250), Source.FOUND, now=n)
+        for k in range(10):
+            it.add(peer(n), at(k), Source.FOUND, now=n)
+    assert len(it) == 10
+    assert {peer(1), peer(2)} <= it._known.keys()
+    assert all(len(k.addresses) <= 3 for k in it._known.values())
+
+
+def test_remembered_peers_come_back_from_disk() -> None:
+    it = book(DiscoveryLimits(remembered=2))
+    for n in (1, 2, 3):
+        it.add(peer(n), at(n), Source.FOUND, now=0, libp2p=f"/ip4/203.0.113.{n}/tcp/4001/p2p/x")
+    it.add(peer(4), at(4), Source.FOUND, now=0)
+    for n in (1, 2, 3):
+        it.due([peer(n)], wanted=0, now=n)
+    written = json.loads(json.dumps(it.remembered()))
+    assert [entry["peer"] for entry in written] == [peer_text(peer(3)), peer_text(peer(2))]
+    again = discovery()
+    assert again.recall(written) == [
+        "/ip4/203.0.113.3/tcp/4001/p2p/x",
+        "/ip4/203.0.113.2/tcp/4001/p2p/x",
+    ]
+    assert sorted(names(again.book.due([], wanted=9, now=1e9))) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        7,
+        [],
+        {},
+        {"peer": 1, "addresses": []},
+        {"peer": "12D3", "addresses": at(1)},
+        {"peer": peer_text(peer(1)), "addresses": [1, None]},
+        {"peer": "x" * 10**5, "addresses": []},
+    ],
+)
+def test_a_damaged_file_is_passed_over(entry: object) -> None:
+    again = discovery()
+    good = {"peer": peer_text(peer(2)), "addresses": at(2), "libp2p": 7}
+    assert again.recall([entry, good]) == []
+    assert names(again.book.due([], wanted=9, now=1e9)) == [2]
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class World:
+    """Peers that can be dialled, and the links that came of it."""
+
+    def __init__(self, outcomes: dict[int, Outcome]) -> None:
+        self.outcomes, self.links, self.dialled = outcomes, set[PeerId](), list[int]()
+
+    async def dial(self, to: PeerId, addresses: tuple[str, ...]) -> Outcome:
+        n = int.from_bytes(to, "big")
+        self.dialled.append(n)
+        assert addresses
+        if n not in self.outcomes:
+            await asyncio.sleep(3600)
+        if self.outcomes[n] is Outcome.LINKED:
+            self.links.add(to)
+        return self.outcomes[n]
+
+
+class Hints:
+    def __init__(self) -> None:
+        self.hints: asyncio.Queue[Hint] = asyncio.Queue(8)
+        self.hurried = 0
+
+    def hurry(self) -> None:
+        self.hurried += 1
+
+
+def discovery(
+    world: World | None = None, wanted: int = 2, limits: DiscoveryLimits | None = None
+) -> Discovery:
+    world = world or World({})
+    return Discovery(
+        peer(0),
+        world.dial,
+        links=lambda: world.links,
+        wanted=lambda: wanted,
+        limits=limits or DiscoveryLimits(interval=0.01, dial_timeout=0.05, retry=0.02, hurry=0.05),
+        rng=random.Random(1),
+    )
+
+
+async def until(done: "object", task: "asyncio.Task[None]") -> None:
+    async with asyncio.timeout(5):
+        while not done():  # type: ignore[operator]
+            assert not task.done(), task.exception()
+            await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_it_dials_until_it_has_the_links_it_wants() -> None:
+    async def main() -> None:
+        world = World({1: Outcome.UNREACHABLE, 2: Outcome.LINKED, 3: Outcome.REFUSED})
+        it, hints = discovery(world), Hints()
+        text = f"/p2p/{peer_text(peer(1))}"
+        it.bootstrap([parse(at(1)[0] + text)])
+        it.recall([{"peer": peer_text(peer(n)), "addresses": at(n)} for n in (2, 3, 4)])
+        task = asyncio.create_task(it.run(hints))
+        await asyncio.sleep(0.2)
+        assert world.links == {peer(2)}
+        assert world.dialled.count(1) > 1
+        assert world.dialled.count(3) == 1
+        assert world.dialled.count(4) >= 1  # its time-out ends the dial, nothing else
+        assert hints.hurried >= 1
+        world.outcomes[5] = Outcome.LINKED
+        hints.hints.put_nowait(Hint(peer(5), tuple(at(5)), b"", "mdns", "/ip4/1.1.1.1/tcp/1/p2p/x"))
+        await until(lambda: world.links == {peer(2), peer(5)}, task)
+        dialled = len(world.dialled)
+        assert [e["libp2p"] for e in it.book.remembered()].count("/ip4/1.1.1.1/tcp/1/p2p/x") == 1
+        assert dialled == len(world.dialled)
+
+    asyncio.run(main())
+
+
+def test_with_enough_links_it_is_silent() -> None:
+    async def main() -> None:
+        world = World(dict.fromkeys(range(9), Outcome.LINKED))
+        world.links = {peer(7), peer(8)}
+        it, hints = discovery(world), Hints()
+        it.recall([{"peer": peer_text(peer(1)), "addresses": at(1)}])
+        task = asyncio.create_task(it.run(hints))
+        await asyncio.sleep(0.15)
+        assert world.dialled == []
+        assert hints.hurried == 0
+        world.links.clear()
+        await until(lambda: world.dialled == [1], task)
+
+    asyncio.run(main())
