@@ -83,6 +83,30 @@ class Limits:
     log_interval: float = 3600.0
     """An author's neighbours take one additional new log of it in so long."""
 
+    # ---- links (node/transport)
+    link_queue_bytes: int = 8 << 20
+    """Bytes waiting to be sent on one link; gossip beyond them is dropped (it is repaired)."""
+    mail_bytes: int = 1 << 20
+    """The same for a peer without a link."""
+    mails: int = 64
+    """Peers without a link that are being called at once."""
+    channels: int = 128
+    """Open connections to other peers, links included."""
+    channel_idle: float = 60.0
+    """A connection that nobody used for so long is closed."""
+    dial_timeout: float = 5.0
+    """One attempt to reach an address, TLS included."""
+    handshake_timeout: float = 5.0
+    """From connecting to TLS, and again from there to the Hello."""
+    call_timeout: float = 5.0
+    """One call to a peer without a link."""
+    transfer_timeout: float = 3600.0
+    """One pull as a whole; it can be resumed (`pull_timeout` bounds the time without progress)."""
+    link_age: float = 86_400.0
+    """A link is opened anew after so long: every call has a deadline."""
+    transfers: int = 64
+    """Transfers being served at once; one peer may have a quarter of them."""
+
     # ---- topology
     degree_min: int = 3
     degree_max: int = 12

@@ -1,7 +1,7 @@
 """Who should be whose neighbour: the contract, and the registry of the shapes in topologies/.
 
 A shape is computed by each peer alone from the sorted ring of the living, and two peers with the
-same ring agree: `b in neighbours(ring, a)` exactly if `a in neighbours(ring, b)`, where no bound cuts.
+same ring agree: `b in neighbours(ring, a)` if and only if `a in neighbours(ring, b)`, bounds aside.
 To add one, put a file into topologies/ with a class under `@topology("name")`.
 """
 

@@ -1,0 +1,197 @@
+"""From an update heard of to an update held: its payload is pulled, then both are stored.
+
+An update is passed on only once it is stored, so whoever pushes or announces one has its payload.
+"""
+
+from dataclasses import dataclass, field
+
+from shoal.gossip.events import Pull, Store
+from shoal.gossip.frontier import Frontier, Taken
+from shoal.gossip.limits import Limits
+from shoal.gossip.names import Author, Hash, Key, PeerId
+from shoal.gossip.outbox import Outbox
+from shoal.gossip.records import Record, Update
+from shoal.gossip.run import Run
+from shoal.gossip.timers import Timers
+
+MOST_SOURCES = 8
+PULLS_PER_SOURCE = 4
+MOST_STORE_TRIES = 3
+
+
+@dataclass(slots=True)
+class Fetch:
+    """One payload on its way, and the records that wait for it."""
+
+    size: int
+    keys: list[Key]
+    sources: list[PeerId]
+    source: PeerId | None = None
+    """Who is sending it now."""
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """What is heard of and not yet held."""
+
+    run: Run
+    limits: Limits
+    timers: Timers
+    out: Outbox
+    frontier: Frontier
+    waiting: dict[Author, dict[int, Record]] = field(default_factory=dict)
+    fetches: dict[Hash, Fetch] = field(default_factory=dict)
+    tries: dict[Key, int] = field(default_factory=dict)
+    """How often storing failed."""
+    full: bool = False
+    """The log is full: nothing more can be held."""
+    _count: int = 0
+    _active: int = 0
+    _bytes: int = 0
+    _busy: dict[PeerId, int] = field(default_factory=dict)
+
+    def look(self, record: Record, update: Update) -> tuple[Taken, Record | None]:
+        """Say what this record would be; with a CONFLICT, the other one if it waits here."""
+        taken = self.frontier.look(update, record.id)
+        other = self.waiting.get(update.author, {}).get(update.number)
+        if taken is not Taken.NEW or other is None:
+            return taken, None
+        return (Taken.KNOWN, None) if other.id == record.id else (Taken.CONFLICT, other)
+
+    def take(self, record: Record, update: Update, source: PeerId | None, *, own: bool) -> Taken:
+        """Begin to get hold of a new update: pull its payload from `source` or store it at once."""
+        if not own and (self.full or self._count >= self.limits.unordered):
+            return Taken.REFUSED
+        self.waiting.setdefault(update.author, {})[update.number] = record
+        self._count += 1
+        if own or not self._needs_payload(update):
+            self.out.add(Store(record, own))
+        else:
+            self._want_payload(update, source)
+        return Taken.NEW
+
+    def _needs_payload(self, update: Update) -> bool:
+        return update.inline is None and self.run.fetched(update.kind, update.size)
+
+    def _want_payload(self, update: Update, source: PeerId | None) -> None:
+        fetch = self.fetches.get(update.payload)
+        if fetch is None:
+            fetch = self.fetches[update.payload] = Fetch(update.size, [], [])
+        fetch.keys.append(Key(update.author, update.number))
+        self._add_source(fetch, source)
+
+    def _add_source(self, fetch: Fetch, source: PeerId | None) -> None:
+        known = source is None or source in fetch.sources or source == fetch.source
+        if not known and len(fetch.sources) < MOST_SOURCES:
+            fetch.sources.append(source)  # type: ignore[arg-type]
+
+    def holds(self, source: PeerId, author: Author, count: int) -> None:
+        """`source` has the first `count` updates of `author`: pull from it what still lacks."""
+        for number, record in self.waiting.get(author, {}).items():
+            if number <= count and isinstance(record.statement, Update):
+                self.also(source, record.statement)
+
+    def also(self, source: PeerId, update: Update) -> None:
+        """`source` has this update as well."""
+        if fetch := self.fetches.get(update.payload):
+            self._add_source(fetch, source)
+
+    # ------------------------------------------------------------ pulling
+
+    def pump(self) -> None:
+        """Start as many pulls as the bounds allow, the oldest first."""
+        for payload, fetch in self.fetches.items():
+            if self._active >= self.limits.pulls:
+                return
+            if fetch.source is None and fetch.sources:
+                self._start(payload, fetch)
+
+    def _start(self, payload: Hash, fetch: Fetch) -> None:
+        room = self._active == 0 or self._bytes + fetch.size <= self.limits.staging_bytes
+        free = [p for p in fetch.sources if self._busy.get(p, 0) < PULLS_PER_SOURCE]
+        if not room or not free:
+            return
+        peer = min(free, key=lambda p: (self._busy.get(p, 0), fetch.sources.index(p)))
+        fetch.sources.remove(peer)
+        fetch.source = peer
+        self._active += 1
+        self._bytes += fetch.size
+        self._busy[peer] = self._busy.get(peer, 0) + 1
+        self.out.add(Pull(peer, payload, fetch.size))
+
+    def _stopped(self, fetch: Fetch) -> None:
+        if fetch.source is not None:
+            self._active -= 1
+            self._bytes -= fetch.size
+            self._busy[fetch.source] -= 1
+            if not self._busy[fetch.source]:
+                del self._busy[fetch.source]
+            fetch.source = None
+
+    def pulled(self, payload: Hash) -> None:
+        """A payload is here: store the records that waited for it."""
+        fetch = self.fetches.pop(payload, None)
+        if fetch is None:
+            return
+        self._stopped(fetch)
+        for author, number in fetch.keys:
+            if record := self.waiting.get(author, {}).get(number):
+                self.out.add(Store(record))
+
+    def failed(self, peer: PeerId, payload: Hash) -> bool:
+        """A pull failed: try another source; say whether there is none left."""
+        fetch = self.fetches.get(payload)
+        if fetch is None or fetch.source != peer:
+            return False
+        self._stopped(fetch)
+        self.out.count("pull-failed")
+        return not fetch.sources
+
+    # ------------------------------------------------------------ storing
+
+    def stored(self, record: Record, update: Update) -> bool:
+        """The log holds `record`; say whether it is in (False: its log was closed meanwhile)."""
+        if not self._drop(update):
+            return False
+        self.tries.pop(Key(update.author, update.number), None)
+        return self.frontier.add(update, record.id) is Taken.NEW
+
+    def store_failed(self, record: Record, update: Update, reason: str) -> bool:
+        """The log does not hold it; say whether the update is given up."""
+        key = Key(update.author, update.number)
+        if reason == "log full":
+            self.full = True
+        tries = self.tries.get(key, 0) + 1
+        if not self.full and tries < MOST_STORE_TRIES:
+            # A driver whose disk failed keeps the log in memory: ask again.
+            self.tries[key] = tries
+            self.out.add(Store(record))
+            return False
+        self.tries.pop(key, None)
+        self._drop(update)
+        return True
+
+    def _drop(self, update: Update) -> bool:
+        numbers = self.waiting.get(update.author, {})
+        if numbers.pop(update.number, None) is None:
+            return False
+        self._count -= 1
+        if not numbers:
+            del self.waiting[update.author]
+        return True
+
+    def close(self, author: Author, number: int) -> None:
+        """Nothing of `author` counts from `number` on: stop fetching it."""
+        for record in [r for n, r in self.waiting.get(author, {}).items() if n >= number]:
+            if isinstance(record.statement, Update):
+                self._drop(record.statement)
+                self._unfetch(record.statement)
+
+    def _unfetch(self, update: Update) -> None:
+        fetch, key = self.fetches.get(update.payload), Key(update.author, update.number)
+        if fetch is None or key not in fetch.keys:
+            return
+        fetch.keys.remove(key)
+        if not fetch.keys:
+            self._stopped(fetch)
+            del self.fetches[update.payload]
