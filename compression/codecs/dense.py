@@ -2,9 +2,9 @@
 
 Payload: one byte for the form (0 packed, 1 Huffman), one byte of scale for each block of 256, then
 the symbols. Packed: 1 bit (2 levels), 5 to a byte in base 3 (3 levels), 4 or 8 bits. Huffman is
-used exactly when it is shorter. A block's scale is an integer in units of q, written as a minifloat with
-three bits of mantissa: c below 8 means c, else (8 + c mod 8) · 2^(⌊c/8⌋ - 1). Three levels take
-≈ 1.58 bits an element on Gaussian input (entropy of the symbols 1.54, scale 0.03).
+used exactly when it is shorter. A block's scale is an integer in units of q, written as a minifloat
+with three bits of mantissa: c below 8 means c, else (8 + c mod 8) · 2^(⌊c/8⌋ - 1). Three levels
+take ≈ 1.58 bits an element on Gaussian input (entropy of the symbols 1.54, scale 0.03).
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,89 @@
+"""The seam between what a peer learns and how peers exchange it; one file per mode in `exchanges/`.
+
+A mode is: publish a turn, take in what arrived, snapshot, restore, fingerprint (design 11). The
+ledger is one; mixing will be another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from shoal.training.fingerprint import Lanes
+
+
+class UpdateKey(NamedTuple):
+    """The name of an update: who, in which log, which number."""
+
+    peer: bytes
+    log: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A genuine update (signature and hash hold) that is to be taken in."""
+
+    key: tuple[bytes, int, int]
+    turn: int
+    kind: str
+    payload: bytes | None
+    """None when the record alone shows that it cannot count: it was never fetched."""
+    size: int
+    """As the record declares it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an update."""
+
+    key: tuple[bytes, int, int]
+    delta: Lanes
+    """By how much it changed the fingerprint: a function of its bytes alone."""
+    refused: str | None
+    """The rule it breaks; then it contributes zero, here as everywhere."""
+
+
+class Exchange(Protocol):
+    """How one peer's model takes part in the swarm's."""
+
+    def model(self) -> Tensor:
+        """Return the float32 vector to train from."""
+        ...
+
+    def publish(self, delta_D: Tensor, weight: float, *, key: int) -> bytes:
+        """Return the payload of a turn that moved the model by `delta_D`; it stays pending."""
+        ...
+
+    def commit(self, log: int, number: int) -> None:
+        """The pending payload was published under this number."""
+        ...
+
+    def discard(self) -> None:
+        """The pending payload will never be published."""
+        ...
+
+    def apply(self, updates: Sequence[Arrived]) -> list[Outcome]:
+        """Take in updates; never raises for what others sent."""
+        ...
+
+    def subtract(self, updates: Sequence[Arrived]) -> list[Outcome]:
+        """Take updates out again."""
+        ...
+
+    def fingerprint(self) -> Lanes:
+        """Return the running fingerprint."""
+        ...
+
+    def recompute(self) -> Lanes:
+        """Return the fingerprint computed afresh."""
+        ...
+
+    def snapshot(self) -> bytes:
+        """Return the shared state."""
+        ...
+
+    def restore(self, data: bytes) -> None:
+        """Set the shared state."""
+        ...

@@ -1,0 +1,1 @@
+"""One way of exchange per file; the contract is `shoal.training.exchange`."""

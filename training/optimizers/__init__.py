@@ -1,0 +1,1 @@
+"""One inner optimizer per file; `shoal.training.optimizer` finds them."""

@@ -1,0 +1,113 @@
+"""Names and shapes of a model's trainable parameters ↔ one flat float32 vector.
+
+The vector holds the parameters sorted by the UTF-8 bytes of their names, each row-major; a tied
+parameter stands once, under its first name. Frozen parameters and buffers are not in it.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from shoal.compression.settings import SettingError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each parameter lies in the flat vector; peers of one run have equal layouts."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the number of elements of each parameter."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    @property
+    def size(self) -> int:
+        """Return the length of the vector."""
+        return sum(self.sizes)
+
+    def hash(self) -> bytes:
+        """Return the BLAKE2b-256 of the canonical JSON of names, shapes and types."""
+        rows = [list(row) for row in zip(self.names, self.shapes, self.dtypes, strict=True)]
+        text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
+        return blake2b(text.encode(), digest_size=32).digest()
+
+    def fragments(self, count: int) -> list[range]:
+        """Return at most `count` contiguous ranges of whole parameters, as equal as they come."""
+        wanted = self.size / max(1, min(count, len(self.names)))
+        ranges: list[range] = []
+        start = end = 0
+        for size in self.sizes:
+            end += size
+            if end >= wanted * (len(ranges) + 1) - 0.5:
+                ranges.append(range(start, end))
+                start = end
+        return ranges
+
+
+class Parameters:
+    """A model's trainable parameters seen as one vector."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.named = dict(_trainable(model))
+        if not self.named:
+            raise SettingError("the model has no trainable parameters; nothing can be learnt")
+        self.layout = Layout(
+            tuple(self.named),
+            tuple(tuple(p.shape) for p in self.named.values()),
+            tuple(str(p.dtype).removeprefix("torch.") for p in self.named.values()),
+        )
+        self._sizes = self.layout.sizes
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """Return the vector of the model's present values."""
+        return torch.cat([p.detach().reshape(-1).float() for p in self.named.values()])
+
+    @torch.no_grad()
+    def write(self, x_D: Tensor) -> None:
+        """Set the model to the values of a vector."""
+        for p, part in zip(self.named.values(), x_D.split(self._sizes), strict=True):  # type: ignore[no-untyped-call]
+            p.copy_(part.reshape(p.shape))
+
+    def split(self, x_D: Tensor) -> dict[str, Tensor]:
+        """Return a vector as named tensors of the right shapes."""
+        parts = x_D.split(self._sizes)  # type: ignore[no-untyped-call]
+        named = zip(self.layout.names, self.layout.shapes, parts, strict=True)
+        return {name: part.reshape(shape) for name, shape, part in named}
+
+
+def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the floating-point buffers, to see later which ones training changes."""
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
+    }
+
+
+def changed_buffers(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """Return the names of floating-point buffers that differ from `before`."""
+    now = dict(model.named_buffers())
+    return sorted(
+        name for name, old in before.items() if name in now and not torch.equal(now[name], old)
+    )
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    seen: set[int] = set()
+    every = model.named_parameters(remove_duplicate=False)
+    for name, p in sorted(every, key=lambda item: item[0].encode()):
+        if p.requires_grad and id(p) not in seen:
+            if not p.is_floating_point():
+                raise SettingError(f"parameter {name} has type {p.dtype}; only real floats train")
+            seen.add(id(p))
+            yield name, p

@@ -1,0 +1,1 @@
+"""One built-in task per file; `shoal.training.task` finds them."""

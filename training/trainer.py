@@ -1,0 +1,413 @@
+"""Everything a worker does, behind one class: build the run, take turns, apply, save, export.
+
+No clock of its own (seconds come from the `clock` it is given) and no input or output but the data
+and files it is told to use.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from shoal.compression import codec
+from shoal.compression.settings import SettingError
+from shoal.training import ledger, merkle, optimizer, parameters, schedule, task
+from shoal.training.exchange import Arrived, Outcome
+from shoal.training.exchanges.ledger import LedgerExchange
+from shoal.training.fingerprint import Lanes
+from shoal.training.parameters import Parameters
+from shoal.training.rules import Rules
+from shoal.training.run import RunError, RunSpec
+from shoal.training.task import Place, Task
+from shoal.training.turn import Learner, Turned, chance
+
+NAN = float("nan")
+CHECKPOINT = 1
+"""Version of the checkpoint file."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that cannot be used; rebuild from the log instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What one peer trains: the run, and what differs by peer."""
+
+    run: RunSpec
+    peer: bytes = b""
+    data: str | None = None
+    shard: tuple[int, int] | None = None
+    device: str = "cpu"
+    """`cpu`, `cuda`, `cuda:1` … or `auto`: CUDA if there is one."""
+    threads: int = 0
+    """Of torch, for the whole process; 0: leave them."""
+    allow_task: str | None = None
+    directory: Path | None = None
+    """Where the peer keeps its state; for tasks that cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Founding:
+    """What the founder writes into the genesis."""
+
+    parameters: int
+    layout_hash: bytes
+    initial_root: bytes
+    """Merkle root of the initial model's integers (`training/merkle.py`)."""
+    initial_squares: int
+    most_bytes: dict[str, int]
+    run: dict[str, dict[str, Any]]
+    """The run file with every default filled in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a checkpoint held besides tensors."""
+
+    frontier: Any
+    """Whatever was given to `save`."""
+    kept: bool
+    """Residual and momentum belong to the update named, and live on; else they start at zero."""
+
+
+class Trainer:
+    """One peer's part in the training of a run."""
+
+    def __init__(
+        self, setup: Setup, *, initial: bytes | None = None, clock: Callable[[], float]
+    ) -> None:
+        """Build task and model; `initial` replaces the model made from the run's seed."""
+        if setup.threads:
+            torch.set_num_threads(setup.threads)
+        self._setup = setup
+        self._spec = setup.run
+        self._seconds_per_step = 0.0
+        try:
+            self._build(initial, clock)
+        except SettingError as error:
+            raise RunError(str(error)) from error
+
+    def _build(self, initial: bytes | None, clock: Callable[[], float]) -> None:
+        spec, device = self._spec, _device(self._setup.device)
+        self._task = self._make_task()
+        self._model = task.make_model(self._task, spec.task.name, spec.run.seed)
+        self._parameters = Parameters(self._model)
+        self._model.to(device)
+        self._parameters = Parameters(self._model)
+        integers_D = self._initial(initial)
+        self._initial_squares = codec.sum_of_squares(integers_D)
+        self.exchange = LedgerExchange(
+            integers_D.to(device),
+            self._rules(),
+            spec.feedback,
+            quantum_bits=spec.exchange.quantum_bits,
+            turn_rule=spec.exchange.rule,
+        )
+        self._learner = Learner(
+            task=self._task,
+            model=self._model,
+            parameters=self._parameters,
+            inner=self._inner(),
+            rate=schedule.SCHEDULES[spec.schedule],
+            turns=spec.run.turns,
+            clock=clock,
+            buffers=spec.run.buffers,
+        )
+
+    # ---- what the run is
+
+    @property
+    def layout(self) -> bytes:
+        """Return the layout hash: peers of one run have the same."""
+        return self._parameters.layout.hash()
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of trainable parameters."""
+        return self._parameters.layout.size
+
+    @property
+    def model(self) -> nn.Module:
+        """Return the model; between turns its values are those that the last turn left."""
+        return self._model
+
+    @property
+    def task(self) -> Task:
+        """Return the task."""
+        return self._task
+
+    def founding(self) -> Founding:
+        """Return what the genesis needs, after trying one step: no run is founded in vain."""
+        self._try_one_step()
+        data = self.initial_bytes()
+        return Founding(
+            parameters=self.parameters,
+            layout_hash=self.layout,
+            initial_root=merkle.root_of(data),
+            initial_squares=self._initial_squares,
+            most_bytes=self.exchange.rules.most_bytes(),
+            run=self._spec.filled(),
+        )
+
+    def initial_bytes(self) -> bytes:
+        """Return the initial model's integers: int32, little-endian."""
+        return self._initial_D.numpy().astype("<i4").tobytes()
+
+    # ---- the ledger
+
+    def apply(self, updates: Sequence[Arrived]) -> list[Outcome]:
+        """Add updates to the ledger; never raises for what others sent."""
+        return self.exchange.apply(updates)
+
+    def subtract(self, updates: Sequence[Arrived]) -> list[Outcome]:
+        """Take updates out of the ledger; the deltas are what that changes."""
+        return self.exchange.subtract(updates)
+
+    def fingerprint(self) -> Lanes:
+        """Return the running fingerprint."""
+        return self.exchange.fingerprint()
+
+    def recompute(self) -> Lanes:
+        """Return the fingerprint of the tensor as it is."""
+        return self.exchange.recompute()
+
+    @property
+    def out_of_range(self) -> int:
+        """Return how many values have left half the range of int32: above 0 is an alarm."""
+        return self.exchange.ledger.out_of_range
+
+    # ---- training
+
+    def turn(self, turn: int, members: float) -> Turned:
+        """Train for one turn (from 1) from the shared model; the update stays pending.
+
+        `members` is N_w of design 3.2: the update is weighted by 1 / (participation · members).
+        Raises TrainingError when the turn shows that training cannot go on.
+        """
+        spec = self._spec
+        weight = 1 / (spec.exchange.participation * members)
+        every = spec.local.evaluate_every
+        measure = every and (turn - 1) % every == 0
+        try:
+            turned = self._learner.turn(
+                self.exchange,
+                turn=turn,
+                steps=self._steps(),
+                weight=weight,
+                seed=chance(spec.run.seed, self._setup.peer, turn),
+                kind=spec.update.name,
+                evaluate=self._evaluate_quickly if measure else lambda: NAN,
+            )
+        except SettingError as error:  # data is read when first needed
+            raise RunError(str(error)) from error
+        if turned.steps:
+            self._seconds_per_step = turned.seconds / turned.steps
+        return turned
+
+    def commit(self, log: int, number: int) -> None:
+        """Let the pending update be published: residual and momentum belong to this number."""
+        self.exchange.commit(log, number)
+
+    def discard(self) -> None:
+        """Let the pending update be lost: residual and momentum are as before the turn."""
+        self.exchange.discard()
+
+    def evaluate(self) -> float:
+        """Return the task's measure of the shared model on more held-out data than a turn uses."""
+        self._parameters.write(self.exchange.model())
+        return self._measure(thorough=True)
+
+    # ---- files
+
+    def save(self, path: Path, frontier: Any = None) -> None:
+        """Write ledger, residual, momentum, inner optimizer, and `frontier` (any JSON)."""
+        tensors, numbers = self._learner.inner.tensors()
+        named = {f"inner/{name}": value for name, value in tensors.items()}
+        feedback = self.exchange.feedback
+        named["ledger"] = self.exchange.ledger.model
+        if feedback.residual is not None:
+            named["residual"] = feedback.residual
+        if feedback.momentum is not None:
+            named["momentum"] = feedback.momentum
+        state = {
+            "version": CHECKPOINT,
+            "layout": self.layout.hex(),
+            "fingerprint": self.fingerprint(),
+            "owner": self.exchange.owner,
+            "frontier": frontier,
+            "numbers": numbers,
+            "seconds_per_step": self._seconds_per_step,
+        }
+        _write(path, named, {"shoal": json.dumps(state)})
+
+    def load(self, path: Path, own: tuple[int, int] | None = None) -> Loaded:
+        """Read a checkpoint. `own` is log and number of the last update that the log holds.
+
+        Residual and momentum live on only if they belong to it. Raises CheckpointError, and then
+        changes nothing, when the file is damaged or of another model.
+        """
+        tensors, state = _read(path)
+        size = self.parameters
+        if state.get("version") != CHECKPOINT or state.get("layout") != self.layout.hex():
+            raise CheckpointError(f"{path} is of another model or version")
+        shapes = [tensors[k].shape for k in ("ledger", "residual", "momentum") if k in tensors]
+        if "ledger" not in tensors or any(shape != (size,) for shape in shapes):
+            raise CheckpointError(f"{path} is incomplete")
+        lanes = self.exchange.ledger.lanes_of(tensors["ledger"])
+        if list(lanes) != list(state["fingerprint"]):
+            raise CheckpointError(f"{path} is damaged: its fingerprint does not match its model")
+        inner = {k.removeprefix("inner/"): v for k, v in tensors.items() if k.startswith("inner/")}
+        self._learner.inner.load(inner, state["numbers"])
+        self.exchange.restore(tensors["ledger"].numpy().astype("<i4").tobytes())
+        owner = tuple(state["owner"]) if state["owner"] else None
+        kept = owner is not None and owner == own
+        self.exchange.take_back(
+            owner if kept else None,
+            tensors.get("residual") if kept else None,
+            tensors.get("momentum") if kept else None,
+        )
+        self._seconds_per_step = float(state["seconds_per_step"])
+        return Loaded(state["frontier"], kept)
+
+    def export(self, path: Path, metadata: dict[str, str] | None = None) -> None:
+        """Write the shared model as safetensors: float parameters and buffers under their names."""
+        shared = self._parameters.split(self.exchange.model().cpu())
+        ours = {id(p) for p in self._parameters.named.values()}
+        rest = {
+            name: value.detach().cpu()
+            for name, value in (*self._model.named_parameters(), *_buffers(self._model))
+            if id(value) not in ours
+        }
+        _write(path, {**rest, **shared}, metadata or {})
+
+    # ---- helpers
+
+    def _make_task(self) -> Task:
+        spec, setup = self._spec, self._setup
+        if setup.shard is not None and not 0 <= setup.shard[0] < setup.shard[1]:
+            raise SettingError(f"shard {setup.shard[0]}/{setup.shard[1]}: i runs from 0 to N - 1")
+        place = Place(
+            seed=spec.run.seed,
+            peer=setup.peer,
+            batch=spec.local.batch,
+            data=setup.data,
+            shard=setup.shard,
+            min_peers=spec.swarm.min_peers,
+        )
+        return task.make(spec.task.name, spec.task.options, place, allow_task=setup.allow_task)
+
+    def _initial(self, given: bytes | None) -> Tensor:
+        try:
+            if given is not None:
+                self._initial_D = ledger.from_bytes(given, self.parameters)
+            else:
+                bits = self._spec.exchange.quantum_bits
+                self._initial_D = ledger.from_floats(self._parameters.read().cpu(), bits)
+        except ValueError as error:
+            raise SettingError(str(error)) from error
+        if not bool(self._initial_D.any()):
+            raise SettingError("the initial model is all zeros, so exchange.clip allows nothing")
+        return self._initial_D
+
+    def _rules(self) -> Rules:
+        spec = self._spec
+        return Rules(
+            kind=spec.update.name,
+            codec=codec.make(spec.update.name, spec.update.options),
+            size=self.parameters,
+            turns=spec.run.turns,
+            clip=spec.exchange.clip_ratio(),
+            initial_squares=self._initial_squares,
+        )
+
+    def _inner(self) -> optimizer.Inner:
+        named = self._parameters.named
+        chosen = getattr(self._task, "matrices", optimizer.inner_matrices)(self._model)
+        part = optimizer.make(self._spec.optimizer.name, self._spec.optimizer.options)
+        return optimizer.Inner(part.build(named, frozenset(chosen)))
+
+    def _steps(self) -> int:
+        local = self._spec.local
+        if local.steps:
+            return local.steps
+        if not self._seconds_per_step:
+            return local.min_steps
+        fitting = round(local.turn_seconds / self._seconds_per_step)
+        return max(local.min_steps, min(local.max_steps, fitting))
+
+    def _evaluate_quickly(self) -> float:
+        return self._measure(thorough=False)
+
+    def _measure(self, *, thorough: bool) -> float:
+        evaluate = getattr(self._task, "evaluate", None)
+        if evaluate is None:
+            return NAN
+        self._model.eval()
+        with torch.no_grad():
+            return float(evaluate(self._model, thorough=thorough))
+
+    def _try_one_step(self) -> None:
+        """Find what would fail in the first step: data, loss, gradients, changing buffers."""
+        try:
+            batch = next(self._task.batches(torch.Generator().manual_seed(0)))
+        except SettingError as error:
+            raise RunError(str(error)) from error
+        self._parameters.write(self.exchange.model())
+        before = parameters.floating_buffers(self._model)
+        self._model.train()
+        with torch.random.fork_rng():
+            loss = self._task.loss(self._model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise RunError(
+                f"task {self._spec.task.name!r}: loss() must return a scalar tensor with a gradient"
+            )
+        changed = parameters.changed_buffers(self._model, before)
+        if changed and self._spec.run.buffers == "refuse":
+            raise RunError(
+                f"training changes the model's buffers {', '.join(changed[:3])}, which do not "
+                "travel; use a layer without them or set run.buffers = 'local'"
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingError(f"device {name!r} is unknown; use cpu, cuda or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError(f"device {name!r}: no CUDA here; use --device cpu")
+    return device
+
+
+def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    kept = set(model.state_dict())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file that is whole or not there."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(safetensors.torch.save(plain, metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["shoal"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
