@@ -5,8 +5,8 @@ are decoded by strangers, so everything that counts is decided here, once:
 
 *receives* `encode` takes a one-dimensional float32 vector on any device: the author's residual
    times its weight, in units of q (so that rounding an element gives the integer that it would add
-   to the ledger). It may be the whole model or one contiguous fragment of it: a codec sees a length,
-   never names or shapes. Elements must be finite.
+   to the ledger). It may be the whole model or one contiguous fragment of it: a codec sees a
+   length, never names or shapes. Elements must be finite.
 *returns* the payload and what it decodes to, so that the author need not decode its own bytes.
 *guarantees* (1) `decode(payload, size)` is exactly the `decoded` that `encode` returned, on every
    device, with any number of threads, in every version; (2) the same vector and key give the same

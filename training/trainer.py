@@ -224,6 +224,22 @@ class Trainer:
         self._parameters.write(self.exchange.model())
         return self._measure(thorough=True)
 
+    def alone(self, steps: int) -> float:
+        """Train on without anybody, `steps` steps in all; return the measure: the yardstick.
+
+        Same shard, inner optimizer, schedule and order of data as in the swarm, no update between.
+        The ledger stays as it is.
+        """
+        turns = self._spec.run.turns or 1
+        at_D = self.exchange.model()
+        self._parameters.write(at_D)
+        for turn in range(1, turns + 1):
+            share = steps * turn // turns - steps * (turn - 1) // turns
+            if share:
+                seed = chance(self._spec.run.seed, self._setup.peer, turn)
+                at_D = at_D + self._learner.learn(at_D, turn, share, seed).delta
+        return self._measure(thorough=True)
+
     # ---- files
 
     def save(self, path: Path, frontier: Any = None) -> None:

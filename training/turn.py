@@ -98,7 +98,7 @@ class Learner:
         self.parameters.write(start_D)
         evaluation = evaluate()
         before = self.inner.remember()
-        lesson = self._steps(start_D, turn, steps, seed)
+        lesson = self.learn(start_D, turn, steps, seed)
         payload, problem = None, lesson.problem
         if problem is None:
             try:
@@ -110,7 +110,8 @@ class Learner:
         self._count(problem)
         return Turned(kind, payload, lesson.loss, evaluation, lesson.steps, lesson.seconds, problem)
 
-    def _steps(self, start_D: Tensor, turn: int, steps: int, seed: int) -> Lesson:
+    def learn(self, start_D: Tensor, turn: int, steps: int, seed: int) -> Lesson:
+        """Take the local steps of a turn from the model as it is, which is `start_D`."""
         device = start_D.device
         batches = self.task.batches(torch.Generator().manual_seed(seed))
         buffers = parameters.floating_buffers(self.model) if self.buffers == "refuse" else {}

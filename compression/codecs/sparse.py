@@ -4,8 +4,8 @@ Per chunk of 4096 (the last may be shorter) the k = ⌊chunk · density⌋ eleme
 equals the smaller index wins. Payload: a zero byte (version), one byte of mantissa per chunk, one
 of exponent per chunk, then per kept element a sign bit (1 is minus), bits - 1 bits of level, and
 the Rice code of its gap to the one before it in the chunk (design 3.2: SparseLoCo, ComPEFT). A
-chunk's unit is u = mantissa · 2^exponent in units of q, mantissa at least 128 unless the exponent is
-0; an element of level j stands for ±(2j + 1)·u. With one bit u is the mean magnitude. At 1/64
+chunk's unit is u = mantissa · 2^exponent in units of q, mantissa at least 128 unless the exponent
+is 0; an element of level j stands for ±(2j + 1)·u. With one bit u is the mean magnitude. At 1/64
 density and one bit this takes ≈ 0.137 bits an element on Gaussian input (entropy bound 0.1307).
 """
 
