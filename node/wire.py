@@ -32,12 +32,9 @@ VERSION = 1
 REASONS = frozenset(
     {
         "oversize",  # longer than the protocol allows; found before parsing
-        "malformed",  # no protobuf, or not the one expected
-        "range",  # a field outside what it can mean
+        "malformed",  # no protobuf, not the one expected, or a field outside what it can mean
         "signature",  # not signed by its author for this run
-        "proof",  # two records that prove nothing
         "admission",  # the proof of admission is wrong
-        "address",  # a contact address that is none
     }
 )
 
@@ -221,10 +218,10 @@ class Wire:
             case (r.Update() as a, r.Update() as b) if (a.author, a.number) == (b.author, b.number):
                 proof = r.Proof(a.author, a.number, first, second)
             case _:
-                raise WireError("proof", "not two updates of one author under one number")
+                raise WireError("malformed", "not two updates of one author under one number")
         # Nobody signs a proof, so it must have one form only.
         if one.id >= two.id or signature != _NOBODY or body != _body(proof):
-            raise WireError("proof", "not in its one form")
+            raise WireError("malformed", "not in its one form")
         return proof
 
     def _admit(self, peer: PeerId, admission: bytes) -> None:
@@ -294,6 +291,7 @@ def split(message: m.Message, most: int) -> Iterator[m.Message]:
     if not isinstance(message, m.Push):
         yield message
         return
+    most -= 64  # the frame around the records
     part: list[r.Record] = []
     size = 0
     for record in message.records:
@@ -403,10 +401,10 @@ def decode_genesis(data: bytes) -> Genesis:
     parsed = run_pb.Genesis()
     _parse(parsed, data)
     if len(parsed.initial_squares) > 16 or len(parsed.most) > 64 or not parsed.parameters:
-        raise WireError("range", "a genesis outside its bounds")
+        raise WireError("malformed", "a genesis outside its bounds")
     most = tuple((each.kind, each.size) for each in parsed.most)
     if any(not KIND.fullmatch(kind) for kind, _ in most) or list(most) != sorted(set(most)):
-        raise WireError("range", "a genesis with odd payload kinds")
+        raise WireError("malformed", "a genesis with odd payload kinds")
     return Genesis(
         run_file=parsed.run_file,
         parameters=parsed.parameters,
@@ -432,11 +430,8 @@ def _body(statement: r.Statement) -> bytes:
     match statement:
         case r.Update():
             body = rpb.Body(author=statement.author.peer, update=_to_update(statement))
-        case r.Alive(peer, incarnation, boot, standing):
-            alive = rpb.Alive(
-                incarnation=incarnation, boot=boot, standing=rpb.Standing.ValueType(standing.value)
-            )
-            body = rpb.Body(author=peer, alive=alive)
+        case r.Alive():
+            body = rpb.Body(author=statement.peer, alive=_to_alive(statement))
         case r.Suspect(accuser, peer, incarnation):
             body = rpb.Body(author=accuser, suspect=rpb.Suspect(peer=peer, incarnation=incarnation))
         case r.Leave(peer, incarnation):
@@ -462,6 +457,15 @@ def _to_update(update: r.Update) -> rpb.Update:
         raise ValueError("the inline payload is not the one that the update names")
     told.inline = update.inline
     return told
+
+
+def _to_alive(alive: r.Alive) -> rpb.Alive:
+    return rpb.Alive(
+        incarnation=alive.incarnation,
+        boot=alive.boot,
+        standing=rpb.Standing.ValueType(alive.standing.value),
+        against=alive.against,
+    )
 
 
 def _to_progress(progress: r.Progress) -> rpb.Progress:
@@ -572,7 +576,7 @@ def _parse(
 
 def _sized(data: bytes, size: int) -> bytes:
     if len(data) != size:
-        raise WireError("range", f"{len(data)} bytes where {size} belong")
+        raise WireError("malformed", f"{len(data)} bytes where {size} belong")
     return data
 
 
@@ -587,7 +591,7 @@ def _author(data: bytes) -> Author:
 
 def _pieces(data: bytes, size: int) -> Iterator[bytes]:
     if len(data) % size:
-        raise WireError("range", f"{len(data)} bytes are no list of {size}-byte names")
+        raise WireError("malformed", f"{len(data)} bytes are no list of {size}-byte names")
     return (data[i : i + size] for i in range(0, len(data), size))
 
 
@@ -601,23 +605,23 @@ def _authors(data: bytes) -> list[Author]:
 
 def _same_length(*columns: Sequence[object]) -> None:
     if len({len(column) for column in columns}) > 1:
-        raise WireError("range", "columns of different lengths")
+        raise WireError("malformed", "columns of different lengths")
 
 
 def _ascending(values: Sequence[object], what: str) -> None:
     if any(a >= b for a, b in pairwise(values)):  # type: ignore[operator]
-        raise WireError("range", f"{what} out of order")
+        raise WireError("malformed", f"{what} out of order")
 
 
 def _update(peer: PeerId, update: rpb.Update) -> r.Update:
     author = Author(peer, update.log)
     if not update.number or not KIND.fullmatch(update.kind):
-        raise WireError("range", "an update without a number or with an odd kind")
+        raise WireError("malformed", "an update without a number or with an odd kind")
     head = (author, update.number, update.turn, update.kind)
     if not update.HasField("inline"):
         return r.Update(*head, Hash(_sized(update.payload, 32)), update.size)
     if len(update.inline) > INLINE_BYTES or update.payload or update.size:
-        raise WireError("range", "an inline payload that is too long or named besides")
+        raise WireError("malformed", "an inline payload that is too long or named besides")
     return r.Update(*head, digest(update.inline), len(update.inline), update.inline)
 
 
@@ -625,19 +629,19 @@ def _alive(peer: PeerId, alive: rpb.Alive) -> r.Alive:
     try:
         standing = r.Standing(alive.standing)
     except ValueError:
-        raise WireError("range", "an unknown standing") from None
-    return r.Alive(peer, alive.incarnation, alive.boot, standing)
+        raise WireError("malformed", "an unknown standing") from None
+    return r.Alive(peer, alive.incarnation, alive.boot, standing, alive.against)
 
 
 def _addresses(texts: Iterable[str]) -> tuple[str, ...]:
     addresses = tuple(texts)
     if len(addresses) > ADDRESSES:
-        raise WireError("range", f"{len(addresses)} addresses")
+        raise WireError("malformed", f"{len(addresses)} addresses")
     try:
         for text in addresses:
             parse_bare(text)
     except AddressError as error:
-        raise WireError("address", str(error)) from None
+        raise WireError("malformed", str(error)) from None
     return addresses
 
 
@@ -668,17 +672,17 @@ def _digest(told: pb.Digest) -> m.Digest:
     closed = list(told.closed) or [0] * len(authors)
     _same_length(authors, told.counts, hashes, closed)
     if len(set(authors)) != len(authors):
-        raise WireError("range", "an author twice in one digest")
+        raise WireError("malformed", "an author twice in one digest")
     entries = tuple(map(m.Entry, authors, told.counts, hashes, closed))
     if any(entry.count == 0 and entry.hash != NO_HASH for entry in entries):
-        raise WireError("range", "a running hash of nothing")
+        raise WireError("malformed", "a running hash of nothing")
     frontier_hash = Hash(_sized(told.frontier_hash, 32))
     return m.Digest(entries, told.full, frontier_hash, told.view_hash, told.reply)
 
 
 def _want(want: pb.Want) -> m.Want:
     if not 1 <= want.first <= want.last:
-        raise WireError("range", f"updates {want.first} to {want.last}")
+        raise WireError("malformed", f"updates {want.first} to {want.last}")
     return m.Want(_author(want.author), want.first, want.last)
 
 
@@ -692,9 +696,9 @@ def _view_digest(told: pb.ViewDigest) -> m.ViewDigest:
     _same_length(told.buckets, told.hashes)
     _ascending(told.buckets, "buckets")
     if told.size > 256 or any(bucket >= told.size for bucket in told.buckets):
-        raise WireError("range", "more buckets than there are bytes")
+        raise WireError("malformed", "more buckets than there are bytes")
     if not all(told.hashes):
-        raise WireError("range", "an empty bucket among the others")
+        raise WireError("malformed", "an empty bucket among the others")
     held = dict(zip(told.buckets, told.hashes, strict=True))
     return m.ViewDigest(tuple(held.get(bucket, 0) for bucket in range(told.size)))
 

@@ -155,20 +155,24 @@ class Alive(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     BOOT_FIELD_NUMBER: _builtins.int
     STANDING_FIELD_NUMBER: _builtins.int
+    AGAINST_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     boot: _builtins.int
     """Random per process."""
     standing: Global___Standing.ValueType
+    against: _builtins.int
+    """The boot of another process under this key that the signer has heard of; 0: of none."""
     def __init__(
         self,
         *,
         incarnation: _builtins.int = ...,
         boot: _builtins.int = ...,
         standing: Global___Standing.ValueType = ...,
+        against: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "incarnation", b"incarnation", "standing", b"standing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "boot", b"boot", "incarnation", b"incarnation", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
