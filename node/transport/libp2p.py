@@ -344,6 +344,9 @@ class _Host:
                 self.finder.state = "running"
                 while not self.finder._stopping.is_set():
                     await self._rest(5.0)
+                with trio.move_on_after(1):  # libp2p itself would leave these to the collector
+                    for peer in self.host.get_connected_peers():
+                        await self.host.get_network().close_peer(peer)
                 nursery.cancel_scope.cancel()
 
     def _build(self) -> tuple[Any, Any]:
