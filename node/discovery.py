@@ -12,11 +12,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Any, Protocol
+from typing import Protocol
 
 from shoal.gossip.names import PeerId
 from shoal.node.addresses import Address, AddressError, parse_bare
-from shoal.node.identity import parse_peer, peer_text
+from shoal.node.identity import peer_text
 from shoal.node.transport.libp2p import Hint
 
 log = logging.getLogger(__name__)
@@ -171,17 +171,14 @@ class Book:
                 known.failures += 1
                 known.due = now + min(pause, self.limits.retry_max) * self.rng.uniform(0.75, 1.25)
 
-    def remembered(self) -> list[dict[str, object]]:
-        """Return what is worth writing to disk: the peers linked last, as JSON-able values."""
+    def remembered(self) -> list[tuple[PeerId, tuple[str, ...]]]:
+        """Return whom to remember on disk, those linked last first: (peer, addresses).
+
+        The libp2p address that once answered is among them; it is the one with /p2p.
+        """
         ever = [(k.linked, p) for p, k in self._known.items() if k.linked != float("-inf")]
-        return [
-            {
-                "peer": peer_text(peer),
-                "addresses": list(self._known[peer].addresses),
-                "libp2p": self._known[peer].libp2p,
-            }
-            for _, peer in sorted(ever, reverse=True)[: self.limits.remembered]
-        ]
+        chosen = [p for _, p in sorted(ever, reverse=True)[: self.limits.remembered]]
+        return [(p, _with_libp2p(self._known[p], self.limits.addresses)) for p in chosen]
 
     def _forget_beyond_bound(self, keep: PeerId) -> None:
         if len(self._known) <= self.limits.peers:
@@ -234,26 +231,12 @@ class Discovery:
                 told = [str(address.bare())]
                 self.book.add(address.peer, told, Source.BOOTSTRAP, now=self._clock())
 
-    def recall(self, remembered: Iterable[Any]) -> list[str]:
-        """Take in what `Book.remembered` wrote; returns libp2p addresses to bootstrap from.
-
-        The file is the operator's to damage: entries that make no sense are passed over.
-        """
+    def recall(self, remembered: Iterable[tuple[PeerId, tuple[str, ...]]]) -> list[str]:
+        """Take in what `Book.remembered` returned; returns libp2p addresses to bootstrap from."""
         libp2p = []
-        for entry in list(remembered)[: self.limits.remembered]:
-            match entry:
-                case {"peer": str(name), "addresses": list(addresses)}:
-                    told = [a for a in addresses if isinstance(a, str)]
-                case _:
-                    continue
-            try:
-                peer = parse_peer(name)
-            except ValueError:
-                log.warning("remembered peer is none", extra={"peer": name[:64]})
-                continue
-            self.book.add(peer, told, Source.REMEMBERED, now=self._clock())
-            if isinstance(also := entry.get("libp2p"), str) and also:
-                libp2p.append(also)
+        for peer, addresses in list(remembered)[: self.limits.remembered]:
+            self.book.add(peer, addresses, Source.REMEMBERED, now=self._clock())
+            libp2p += [a for a in addresses if "/p2p/" in a]
         return libp2p
 
     async def run(self, finder: Finds | None = None) -> None:
@@ -297,6 +280,12 @@ class Discovery:
                 "outcome": outcome.value,
             },
         )
+
+
+def _with_libp2p(known: _Known, bound: int) -> tuple[str, ...]:
+    if not known.libp2p:
+        return known.addresses
+    return (*known.addresses[: bound - 1], known.libp2p)
 
 
 def _is_address(text: str) -> bool:
