@@ -18,7 +18,7 @@ TIMEOUT = 10.0
 T = TypeVar("T")
 
 
-class UnreachableError(Exception):
+class UnreachableError(ConfigError):
     """No daemon answers there."""
 
 
@@ -59,7 +59,9 @@ class Client:
             answer = connection.getresponse()
             data = answer.read()
         except (OSError, http.client.HTTPException) as error:
-            raise UnreachableError(f"{self.host}:{self.port}: {error}") from error
+            raise UnreachableError(
+                f"no daemon answers at {self.host}:{self.port} ({error})"
+            ) from error
         finally:
             connection.close()
         if answer.status >= 400:
@@ -77,12 +79,12 @@ def _reason(data: bytes, otherwise: str) -> str:
 def find(directory: Path | None) -> Path:
     """Return the run's directory: the one named, this one, or the only one below this one."""
     if directory is not None:
-        if (directory / "status.json").is_file() or (directory / "genesis").exists():
+        if _holds_a_run(directory):
             return directory
         below = _runs_below(directory)
     else:
         here = Path.cwd()
-        if (here / "status.json").is_file():
+        if _holds_a_run(here):
             return here
         below = _runs_below(here)
     if len(below) == 1:
@@ -95,8 +97,12 @@ def find(directory: Path | None) -> Path:
 
 
 def _runs_below(directory: Path) -> list[Path]:
-    found = sorted({*directory.glob("*/status.json"), *directory.glob("*/*/status.json")})
-    return [Path(os.path.relpath(path.parent)) for path in found]
+    found = (path.parent for path in [*directory.glob("*/genesis"), *directory.glob("*/*/genesis")])
+    return sorted(Path(os.path.relpath(path)) for path in found)
+
+
+def _holds_a_run(directory: Path) -> bool:
+    return (directory / "genesis").is_file() or (directory / "status.json").is_file()
 
 
 def connect(directory: Path) -> Client:
@@ -109,7 +115,7 @@ def connect(directory: Path) -> Client:
 
 def connect_if_running(directory: Path) -> Client | None:
     """Return a client of the daemon in `directory`, or None when none answers."""
-    client = _from_file(directory)
+    client = from_file(directory)
     if client is None:
         return None
     try:
@@ -119,7 +125,8 @@ def connect_if_running(directory: Path) -> Client | None:
     return client
 
 
-def _from_file(directory: Path) -> Client | None:
+def from_file(directory: Path) -> Client | None:
+    """Return a client for the address written in `directory`, whether or not a daemon answers."""
     try:
         address = json.loads((directory / "status.json").read_bytes())
         token = (directory / "token").read_text().strip()
@@ -129,6 +136,4 @@ def _from_file(directory: Path) -> Client | None:
     except PermissionError as error:
         raise ConfigError(f"cannot read {error.filename}: another user's daemon") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{directory}/status.json is not what a daemon writes: {error}"
-        ) from error
+        raise ConfigError(f"{directory}/status.json is damaged ({error}); remove it") from error

@@ -63,12 +63,13 @@ class StatusServer:
     """
 
     def __init__(
-        self, watched: Watched, *, token: str, host: str = "127.0.0.1", port: int = 0
+        self, watched: Watched, *, token: str = "", host: str = "127.0.0.1", port: int = 0
     ) -> None:
         self.watched = watched
         self.host = host
         self.port = port
-        self._token = token
+        self.token = token
+        """Set before the changing calls can be made; while it is empty nobody can."""
         self._streams = 0
         self._runner: web.AppRunner | None = None
 
@@ -145,7 +146,7 @@ class StatusServer:
 
     def _token_is_right(self, request: web.Request) -> bool:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(given.encode(), self._token.encode())
+        return bool(self.token) and hmac.compare_digest(given.encode(), self.token.encode())
 
     # ---------------------------------------------------------------- reading
 

@@ -43,7 +43,7 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sockets(msgspec.Struct, frozen=True, kw_only=True):
-    """What the TCP sockets carried: TLS, headers and probes included (see node/metrics.py)."""
+    """What the TCP sockets carried: TLS, headers and probes included (node/traffic.py)."""
 
     bytes_in: int = 0
     bytes_out: int = 0

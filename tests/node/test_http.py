@@ -196,6 +196,13 @@ def test_changing_calls_without_the_token_change_nothing(port: Port, call: str, 
     assert port.daemon.asked == []
 
 
+def test_before_there_is_a_token_nobody_can_change_anything(port: Port) -> None:
+    port.server.token = ""
+    assert port.ask("POST", "/pause", Authorization="Bearer ")[0] == 401
+    assert port.ask("POST", "/pause")[0] == 401
+    assert port.daemon.asked == []
+
+
 def test_changing_calls_are_not_gets(port: Port) -> None:
     assert port.ask("GET", "/pause", Authorization=f"Bearer {TOKEN}")[0] == 405
     assert port.daemon.asked == []

@@ -1,0 +1,25 @@
+"""`shoal join`: fetch a run by its address and take part."""
+
+import argparse
+
+from shoal.node import flags
+
+
+def register(subparsers: flags.Subparsers) -> None:
+    """Add the command."""
+    parser = flags.command(
+        subparsers,
+        "join",
+        "Fetch a run by its join address, check it, and take part. No file is needed; "
+        "`shoal start DIR` resumes it later.",
+        run,
+    )
+    parser.add_argument("address", metavar="ADDRESS", help="/ip4/…/tcp/…/p2p/…/run/…")
+    flags.add_peer(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until the daemon is stopped."""
+    from shoal.node import foreground
+
+    return foreground.serve(args, address=args.address)

@@ -1,0 +1,20 @@
+"""`shoal leave`: say good-bye for good."""
+
+import argparse
+
+from shoal.node import flags
+
+
+def register(subparsers: flags.Subparsers) -> None:
+    """Add the command."""
+    summary = "Leave the swarm for good: say good-bye and stop the daemon."
+    flags.add_directory(flags.command(subparsers, "leave", summary, run))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask the daemon."""
+    from shoal.node import client
+
+    client.connect(client.find(args.dir)).post("leave")
+    print("left")
+    return 0

@@ -1,0 +1,82 @@
+"""What `start` and `join` share: read the flags, say what happens, run the daemon till it ends."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+LOCAL = (
+    "data",
+    "shard",
+    "device",
+    "threads",
+    "listen",
+    "advertise",
+    "identity",
+    "secret_file",
+    "allow_task",
+    "observe",
+    "status",
+    "limits",
+)
+"""Flags that node.toml may hold too: fields of node/config.py's NodeConfig."""
+
+
+class Lines(logging.Formatter):
+    """One line per event: time, what, and its numbers as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        extra = {k: v for k, v in record.__dict__.items() if k not in PLAIN}
+        fields = "".join(f" {name}={_value(value)}" for name, value in extra.items())
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        line = f"{self.formatTime(record, '%H:%M:%S')} {mark}{record.getMessage()}{fields}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return repr(text) if not text or " " in text else text
+
+
+def log_to_stderr() -> None:
+    """Let Shoal's own loggers speak; other libraries only when something is wrong."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("shoal").setLevel(logging.INFO)
+
+
+def local(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that override node.toml; None and () are what was not given."""
+    given = {name: getattr(args, name) for name in LOCAL}
+    for name in ("identity", "secret_file"):
+        given[name] = None if given[name] is None else str(given[name])
+    given["advertise"] = tuple(given["advertise"])
+    given["observe"] = given["observe"] or None
+    return given
+
+
+def serve(
+    args: argparse.Namespace, *, target: Path | None = None, address: str | None = None
+) -> int:
+    """Run the daemon until it is told to stop; return its exit code."""
+    import asyncio
+
+    from shoal.node import daemon, swarm
+
+    if args.parent is not None:
+        swarm.end_with_parent(args.parent)
+    log_to_stderr()
+    options = daemon.Options(
+        directory=args.dir,
+        local=local(args),
+        new=getattr(args, "new", False),
+        paused=args.paused,
+    )
+    return asyncio.run(daemon.serve(options, target=target, address=address))

@@ -1,0 +1,180 @@
+"""The command line as a person meets it: quick help, one clear line for every mistake."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shoal.node import cli, client
+from shoal.node.errors import ConfigError
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a command that must fail; return its one line."""
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("shoal: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        ([], "COMMAND"),
+        (["swarn"], "did you mean swarm?"),
+        (["start"], "RUN.toml|DIR"),
+        (["start", "x", "--lisen", "0.0.0.0:1"], "did you mean --listen?"),
+        (["start", "x", "--listen", "7464"], "HOST:PORT"),
+        (["start", "x", "--listen", "0.0.0.0:99999"], "HOST:PORT"),
+        (["start", "x", "--shard", "4/4"], "3/4"),
+        (["start", "x", "--threads", "0"], "above zero"),
+        (["start", "x", "--limits", "moon"], "wan"),
+        (["swarm", "--peers", "-1"], "above zero"),
+        (["swarm", "--peers", "1000"], "shoal simulate"),
+        (["swarm", "--minutes", "nan"], "above zero"),
+        (["swarm", "--minutes", "1", "--turns", "1"], "not allowed with"),
+        (["swarm", "no-such.toml"], "no-such.toml does not exist"),
+        (["status", "--wach"], "did you mean --watch?"),
+        (["bench", "no-such"], "no-such"),
+        (["simulate", "no-such.toml"], "no-such.toml"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_remedy_and_exit_code_2(
+    argv: list[str],
+    remedy: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert remedy in refused(capsys, *argv)
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def test_a_run_file_that_is_not_toml_names_the_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text("[run]\nname = \n")
+    assert "line 2" in refused(capsys, "swarm", "bad.toml")
+
+
+def test_an_error_of_many_lines_is_told_in_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(directory: Path | None) -> Path:
+        raise ConfigError("first\n  second")
+
+    monkeypatch.setattr(client, "find", find)
+    assert refused(capsys, "status") == "shoal: first second\n"
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from shoal.node.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'grpc', 'aiohttp', 'rich', 'msgspec', 'cryptography'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert "first steps" in done.stdout
+    assert time.monotonic() - begun < 2.0, "about 0.1 s on an idle machine"
+
+
+def test_every_command_of_the_folder_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    files = (Path(__file__).parents[2] / "node" / "commands").glob("[a-z]*.py")
+    for name in (path.stem for path in files):
+        assert f"\n    {name} " in shown
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["swarm", "start", "join", "status", "pause", "resume", "leave", "export", "simulate", "bench"],
+)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.split() == ["shoal", cli.version()]
+
+
+@pytest.mark.real
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """`shoal --help | head -1`."""
+    command = f"{sys.executable} -m shoal.node.cli swarm --help | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=30
+    )
+    assert done.stderr == ""
+
+
+# ---------------------------------------------------------------- finding the daemon
+
+
+def run_at(directory: Path, content: object = None) -> Path:
+    directory.mkdir(parents=True)
+    address = {"host": "127.0.0.1", "port": 9} if content is None else content
+    (directory / "status.json").write_text(json.dumps(address))
+    (directory / "token").write_text("t\n")
+    (directory / "genesis").touch()
+    return directory
+
+
+def test_the_directory_itself_or_the_only_run_below_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_at(tmp_path / "only")
+    assert client.find(run) == run
+    monkeypatch.chdir(tmp_path)
+    assert client.find(None).resolve() == run
+    monkeypatch.chdir(run)
+    assert client.find(None) == run
+
+
+def test_two_runs_are_named_and_neither_is_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_at(tmp_path / "one")
+    run_at(tmp_path / "two")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"2 runs .* one, two"):
+        client.find(None)
+
+
+def test_no_run_names_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="shoal start"):
+        client.find(tmp_path)
+
+
+def test_a_daemon_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    run = run_at(tmp_path / "gone")
+    assert client.connect_if_running(run) is None
+    with pytest.raises(ConfigError, match="shoal start"):
+        client.connect(run)
+
+
+@pytest.mark.parametrize("content", [[], {"host": "x"}, {"host": "x", "port": "y"}])
+def test_a_damaged_address_file_is_named(tmp_path: Path, content: object) -> None:
+    run = run_at(tmp_path / "damaged", content)
+    with pytest.raises(ConfigError, match=r"status\.json is damaged"):
+        client.connect(run)
