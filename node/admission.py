@@ -293,7 +293,7 @@ def _load(certificate: bytes) -> x509.Certificate:
         if certificate.startswith(b"-----"):
             return x509.load_pem_x509_certificate(certificate)
         return x509.load_der_x509_certificate(certificate)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise PeerError("certificate", "the certificate there can't be read") from None
 
 
