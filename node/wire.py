@@ -24,7 +24,6 @@ from shoal.node.errors import PeerError
 from shoal.node.identity import Identity, verify
 from shoal.proto.v1 import gossip_pb2 as pb
 from shoal.proto.v1 import records_pb2 as rpb
-from shoal.proto.v1 import run_pb2 as run_pb
 
 VERSION = 1
 """The protocol version that this code speaks."""
@@ -82,22 +81,6 @@ class Frame:
     """Of the sender, on frames without a link."""
 
 
-@dataclass(frozen=True, slots=True)
-class Genesis:
-    """What a run is (design 1). Its bytes are stored and served, never written anew."""
-
-    run_file: bytes
-    """Canonical JSON of the filled run file."""
-    parameters: int
-    layout: Hash
-    initial_root: Hash
-    initial_squares: int
-    """Sum of squares of the initial model's integers, below 2¹²⁸."""
-    most: tuple[tuple[str, int], ...]
-    """(kind, largest payload in bytes), sorted."""
-    founder: PeerId
-
-
 def kind_of(message: m.Message) -> str:
     """Return under which name a message's bytes are counted."""
     match message:
@@ -149,6 +132,11 @@ class Wire:
         self.admitted = admitted
         self.limits = limits
         self._cache = _Cache(cache_bytes)
+
+    @property
+    def cached_bytes(self) -> int:
+        """What the remembered records weigh."""
+        return self._cache.size
 
     def record(self, raw: bytes) -> r.Record:
         """Return the record in `raw`, with everything checked that it says about itself."""
@@ -382,40 +370,6 @@ def decode_genesis_response(data: bytes) -> bytes:
     return response.genesis
 
 
-def encode_genesis(genesis: Genesis) -> bytes:
-    """Return the bytes whose hash is the run id. Called once, by the founder."""
-    squares = genesis.initial_squares
-    return run_pb.Genesis(
-        run_file=genesis.run_file,
-        parameters=genesis.parameters,
-        layout=genesis.layout,
-        initial_root=genesis.initial_root,
-        initial_squares=squares.to_bytes((squares.bit_length() + 7) // 8, "big"),
-        most=[run_pb.Most(kind=kind, size=size) for kind, size in genesis.most],
-        founder=genesis.founder,
-    ).SerializeToString(deterministic=True)
-
-
-def decode_genesis(data: bytes) -> Genesis:
-    """Return what a genesis says; whether it hashes to a run id is the caller's to check."""
-    parsed = run_pb.Genesis()
-    _parse(parsed, data)
-    if len(parsed.initial_squares) > 16 or len(parsed.most) > 64 or not parsed.parameters:
-        raise WireError("malformed", "a genesis outside its bounds")
-    most = tuple((each.kind, each.size) for each in parsed.most)
-    if any(not KIND.fullmatch(kind) for kind, _ in most) or list(most) != sorted(set(most)):
-        raise WireError("malformed", "a genesis with odd payload kinds")
-    return Genesis(
-        run_file=parsed.run_file,
-        parameters=parsed.parameters,
-        layout=Hash(_sized(parsed.layout, 32)),
-        initial_root=Hash(_sized(parsed.initial_root, 32)),
-        initial_squares=int.from_bytes(parsed.initial_squares, "big"),
-        most=most,
-        founder=_peer(parsed.founder),
-    )
-
-
 def _signer(statement: r.Statement) -> PeerId:
     match statement:
         case r.Update(author=author) | r.Proof(author=author):
@@ -562,8 +516,7 @@ def _parse(
     | pb.PullRequest
     | pb.InitialRequest
     | pb.GenesisRequest
-    | pb.GenesisResponse
-    | run_pb.Genesis,
+    | pb.GenesisResponse,
     data: bytes,
 ) -> None:
     try:
@@ -713,7 +666,7 @@ class _Cache:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._bytes = 0
+        self.size = 0
         self._records: OrderedDict[bytes, r.Record] = OrderedDict()
 
     def get(self, raw: bytes) -> r.Record | None:
@@ -725,10 +678,10 @@ class _Cache:
     def put(self, record: r.Record) -> None:
         if record.raw not in self._records:
             self._records[record.raw] = record
-            self._bytes += _weight(record)
-        while self._bytes > self._most:
+            self.size += _weight(record)
+        while self.size > self._most:
             _, old = self._records.popitem(last=False)
-            self._bytes -= _weight(old)
+            self.size -= _weight(old)
 
 
 def _weight(record: r.Record) -> int:
