@@ -1,0 +1,229 @@
+"""What every codec promises (compression/codec.py), for every name in the registry."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.compression import codec
+from shoal.compression.codec import Decoded, PayloadError
+from shoal.compression.settings import SettingError
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in codec.names()),
+    ("dense", {"levels": 2}),
+    ("dense", {"bits": 4}),
+    ("dense", {"bits": 8}),
+    ("sparse", {"bits": 3}),
+    ("sparse", {"bits": 8, "density": 0.1}),
+    ("sparse", {"density": 0.5, "chunk": 64}),
+]
+every = pytest.mark.parametrize(
+    ("name", "options"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(v)
+)
+SIZES = (1, 2, 63, 64, 255, 256, 257, 4095, 4096, 4097, 10_000)
+
+
+def gaussian(size: int, *, scale: float = 20_000.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def awkward(size: int) -> list[torch.Tensor]:
+    one_hot = torch.zeros(size)
+    one_hot[size // 2] = -3e9
+    alternating = torch.ones(size) * 7
+    alternating[::2] = -7
+    return [
+        gaussian(size),
+        gaussian(size, scale=0.3),
+        gaussian(size, scale=1e30),
+        gaussian(size) ** 3,
+        torch.zeros(size),
+        torch.full((size,), 1e-40),
+        torch.full((size,), -5.0),
+        torch.full((size,), 2.0**31),
+        one_hot,
+        alternating,
+    ]
+
+
+def same(a: Decoded, b: Decoded) -> bool:
+    assert a.size == b.size
+    assert (a.indices is None) == (b.indices is None)
+    equal = torch.equal(a.values, b.values)
+    return equal and (a.indices is None or torch.equal(a.indices, b.indices))  # type: ignore[arg-type]
+
+
+@every
+@pytest.mark.parametrize("size", SIZES)
+def test_the_payload_decodes_to_what_encode_returned(
+    name: str, options: dict[str, Any], size: int
+) -> None:
+    part = codec.make(name, options)
+    for x in awkward(size):
+        payload, decoded = part.encode(x)
+        again = part.decode(payload, size)
+        assert same(again, decoded)
+        assert len(payload) <= part.bound(size)
+        assert again.dense().shape == (size,)
+        if part.exact:
+            assert again.values.dtype == torch.int32
+        if again.indices is not None:
+            assert bool((again.indices.diff() > 0).all())
+            assert 0 <= int(again.indices[0]) <= int(again.indices[-1]) < size
+
+
+@every
+def test_decoded_and_residual_are_exactly_the_input(name: str, options: dict[str, Any]) -> None:
+    """The conservation law of error feedback, on vectors of integers, where it is exact."""
+    part = codec.make(name, options)
+    for seed in range(3):
+        x = gaussian(9000, seed=seed).round()
+        residual = x - part.encode(x).decoded.dense()
+        assert torch.equal(residual.double() + part.encode(x).decoded.dense(), x.double())
+        assert float(residual.norm()) < float(x.norm())
+
+
+@every
+def test_the_residual_of_a_residual_goes_to_zero(name: str, options: dict[str, Any]) -> None:
+    """Nothing is lost for ever: encoding what was left, again and again, sends everything."""
+    part = codec.make(name, options)
+    x = gaussian(2048, scale=1000).round()
+    left, sent = x.clone(), torch.zeros(2048)
+    for _ in range(400):
+        decoded = part.encode(left).decoded.dense()
+        left, sent = left - decoded, sent + decoded
+        if float(left.norm()) < 0.15 * float(x.norm()):
+            break
+    assert torch.equal(sent + left, x)
+    assert float(left.norm()) < 0.15 * float(x.norm())
+
+
+@every
+def test_one_and_two_threads_give_the_same_bytes(name: str, options: dict[str, Any]) -> None:
+    part = codec.make(name, options)
+    x = gaussian(300_000)
+    before, payloads = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            payloads.add(part.encode(x).payload)
+    finally:
+        torch.set_num_threads(before)
+    assert len(payloads) == 1
+
+
+@every
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_gives_the_same_bytes_and_integers(name: str, options: dict[str, Any]) -> None:
+    part = codec.make(name, options)
+    for x in awkward(10_000):
+        payload, decoded = part.encode(x)
+        on_device = part.encode(x.cuda())
+        assert on_device.payload == payload
+        assert torch.equal(part.decode(payload, 10_000, "cuda").dense().cpu(), decoded.dense())
+
+
+@every
+def test_non_finite_vectors_are_refused(name: str, options: dict[str, Any]) -> None:
+    part = codec.make(name, options)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = gaussian(500)
+        x[123] = bad
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            part.encode(x)
+
+
+@every
+def test_other_lengths_than_the_payloads_are_refused(name: str, options: dict[str, Any]) -> None:
+    part = codec.make(name, options)
+    payload = part.encode(gaussian(5000)).payload
+    for cut in (0, 1, 2, len(payload) // 2, len(payload) - 1):
+        with pytest.raises(PayloadError):
+            part.decode(payload[:cut], 5000)
+    for tail in (b"\0", b"\1", bytes(100)):
+        with pytest.raises(PayloadError):
+            part.decode(payload + tail, 5000)
+    for size in (1, 700, 9300, 10**6):
+        with pytest.raises(PayloadError):
+            part.decode(payload, size)
+
+
+@every
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=400), size=st.sampled_from([1, 7, 64, 300, 1000]))
+def test_garbage_decodes_or_raises_payload_error(
+    name: str, options: dict[str, Any], data: bytes, size: int
+) -> None:
+    part = codec.make(name, options)
+    try:
+        decoded = part.decode(data, size)
+    except PayloadError:
+        return
+    assert len(data) <= part.bound(size)
+    assert decoded.size == size
+
+
+@every
+@settings(max_examples=150, deadline=None)
+@given(flips=st.lists(st.integers(0, 2**20), min_size=1, max_size=3), seed=st.integers(0, 3))
+def test_flipped_bits_are_refused_or_are_another_canonical_payload(
+    name: str, options: dict[str, Any], flips: list[int], seed: int
+) -> None:
+    """Whatever is accepted is what the packer makes of what was read: one form per content."""
+    part: Any = codec.make(name, options)
+    size = 1500
+    payload = bytearray(part.encode(gaussian(size, seed=seed)).payload)
+    for flip in flips:
+        payload[flip // 8 % len(payload)] ^= 1 << flip % 8
+    try:
+        read = part.unpack(bytes(payload), size)
+    except PayloadError:
+        return
+    again = part.pack(read, size) if name == "sparse" else part.pack(*read)
+    assert again == bytes(payload)
+    dense = part.decode(bytes(payload), size).dense().to(torch.int64)
+    assert int(dense.abs().max()) < 2**31
+
+
+@every
+def test_decoding_takes_no_more_memory_than_the_size_allows(
+    name: str, options: dict[str, Any]
+) -> None:
+    """A short payload for a huge size is refused by its length, before anything is allocated."""
+    part = codec.make(name, options)
+    payload = part.encode(gaussian(100)).payload
+    with pytest.raises(PayloadError):
+        part.decode(payload, 2_000_000)
+
+
+def test_names_and_settings_are_checked_with_the_nearest_known() -> None:
+    with pytest.raises(SettingError, match="did you mean 'sparse'"):
+        codec.make("sparce", {})
+    with pytest.raises(SettingError, match="did you mean 'density'"):
+        codec.make("sparse", {"densty": 0.1})
+    with pytest.raises(SettingError, match="must be int, got '3'"):
+        codec.make("dense", {"levels": "3"})
+    with pytest.raises(SettingError, match="density"):
+        codec.make("sparse", {"density": 2})
+
+
+def test_squares_are_summed_exactly_beyond_64_bits() -> None:
+    values = torch.full((5_000_000,), -(2**31), dtype=torch.int32)
+    values[1] = 3
+    assert codec.sum_of_squares(values) == (5_000_000 - 1) * 2**62 + 9
+    random_values = torch.from_numpy(
+        np.random.default_rng(0).integers(-(2**31), 2**31, 1000, dtype=np.int32)
+    )
+    assert codec.sum_of_squares(random_values) == sum(int(v) ** 2 for v in random_values)
+
+
+def test_python_random_is_not_touched() -> None:
+    state = random.getstate()
+    codec.make("sparse", {}).encode(gaussian(5000))
+    assert random.getstate() == state

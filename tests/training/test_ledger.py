@@ -1,0 +1,210 @@
+"""The exact integer sum: any order, wrap-around, undoing, and the fingerprint that follows it."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.compression.codec import Decoded
+from shoal.training import fingerprint, ledger
+from shoal.training.fingerprint import Fingerprint
+from shoal.training.ledger import Ledger
+from shoal.training.rules import Sum
+
+SIZE = 3000
+MASK = 2**64 - 1
+
+
+def integers(seed: int, size: int = SIZE, spread: int = 2**20) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-spread, spread, (size,), generator=g, dtype=torch.int32)
+
+
+def update(seed: int, spread: int = 2**20) -> Decoded:
+    if seed % 2:
+        return Decoded(SIZE, integers(seed, spread=spread))
+    g = torch.Generator().manual_seed(seed)
+    indices = torch.randperm(SIZE, generator=g)[:50].sort().values
+    return Decoded(SIZE, integers(seed, 50, spread), indices)
+
+
+def python_fingerprint(values: list[int]) -> tuple[int, int]:
+    """The definition, in Python's own integers."""
+    lanes = []
+    for key in (int.from_bytes(b"shoal-f0", "big"), int.from_bytes(b"shoal-f1", "big")):
+        total = 0
+        for i, value in enumerate(values):
+            z = (key + (i + 1) * 0x9E3779B97F4A7C15) & MASK
+            z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+            total += value * ((z ^ (z >> 31)) | 1)
+        lanes.append(total & MASK)
+    return lanes[0], lanes[1]
+
+
+def test_multipliers_are_split_mix_64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "KEYS", (1234567, 0))
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    found = fingerprint.multipliers(0, torch.arange(5)).tolist()
+    assert [value & MASK for value in found] == [value | 1 for value in published]
+
+
+def test_the_fingerprint_is_its_definition() -> None:
+    values = integers(1, 500, 2**31)
+    assert Fingerprint(500).of(values) == python_fingerprint(values.tolist())
+
+
+def test_generated_and_cached_multipliers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, sparse = integers(1), update(2)
+    assert sparse.indices is not None
+    cached = Fingerprint(SIZE)
+    monkeypatch.setattr(fingerprint, "CACHED", 0)
+    monkeypatch.setattr(fingerprint, "CHUNK", 700)
+    generated = Fingerprint(SIZE)
+    assert generated.of(values) == cached.of(values)
+    assert generated.at(sparse.indices, sparse.values) == cached.at(sparse.indices, sparse.values)
+    assert cached.at(sparse.indices, sparse.values) == cached.of(sparse.dense())
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=st.permutations(range(12)), spread=st.sampled_from([2**20, 2**31]))
+def test_any_order_gives_the_same_tensor_and_fingerprint(order: list[int], spread: int) -> None:
+    straight = Ledger(integers(99), Sum())
+    shuffled = Ledger(integers(99), Sum())
+    for i in range(12):
+        straight.add(i, i, update(i, spread))
+    for i in order:
+        shuffled.add(i, i, update(i, spread))
+    assert torch.equal(straight.model, shuffled.model)
+    assert straight.fingerprint() == shuffled.fingerprint() == straight.recompute()
+    assert straight.out_of_range == shuffled.out_of_range
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20, unique=True), st.randoms())
+def test_subtracting_undoes_adding(chosen: list[int], rng: random.Random) -> None:
+    one = Ledger(integers(5), Sum())
+    before = one.model.clone(), one.fingerprint()
+    deltas = {i: one.add(i, 1, update(i, 2**31)) for i in chosen}
+    rng.shuffle(chosen)
+    for i in chosen:
+        assert one.subtract(i, 1, update(i, 2**31)) == fingerprint.negate(deltas[i])
+    assert torch.equal(one.model, before[0])
+    assert one.fingerprint() == before[1] == one.recompute()
+    assert one.out_of_range == 0
+
+
+def test_without_wrapping_the_fingerprint_moves_by_the_deltas() -> None:
+    one = Ledger(integers(5), Sum())
+    total = one.fingerprint()
+    for i in range(20):
+        total = fingerprint.add(total, one.add(i, 1, update(i)))
+    assert one.fingerprint() == total
+
+
+def test_values_wrap_modulo_two_to_the_32_and_raise_the_alarm() -> None:
+    one = Ledger(torch.tensor([2**30 - 1, 2**31 - 1, 0], dtype=torch.int32), Sum())
+    assert one.out_of_range == 1
+    start = one.fingerprint()
+    delta = one.add(1, 1, Decoded(3, torch.tensor([1, 1, 5], dtype=torch.int32)))
+    assert one.model.tolist() == [2**30, -(2**31), 5]
+    assert one.out_of_range == 2
+    assert one.fingerprint() == one.recompute()
+    linear = fingerprint.add(start, delta)
+    assert all((a - b) % 2**32 == 0 for a, b in zip(linear, one.fingerprint(), strict=True))
+
+
+def test_one_and_two_threads_agree() -> None:
+    before, found = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            one = Ledger(integers(1, 400_000), Sum())
+            one.add(1, 1, Decoded(400_000, integers(2, 400_000, 2**31)))
+            found.add((one.fingerprint(), one.to_bytes(), one.floats(24).numpy().tobytes()))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_agrees_with_the_cpu() -> None:
+    here, there = Ledger(integers(1), Sum()), Ledger(integers(1).cuda(), Sum())
+    for i in range(8):
+        there_update = update(i, 2**31)
+        indices = there_update.indices
+        moved = Decoded(
+            SIZE, there_update.values.cuda(), None if indices is None else indices.cuda()
+        )
+        assert here.add(i, 1, update(i, 2**31)) == there.add(i, 1, moved)
+    assert here.to_bytes() == there.to_bytes()
+    assert here.fingerprint() == there.fingerprint() == there.recompute()
+    assert torch.equal(here.floats(24), there.floats(24).cpu())
+
+
+def test_bytes_come_back() -> None:
+    one, other = Ledger(integers(1), Sum()), Ledger(integers(2), Sum())
+    other.restore(one.to_bytes())
+    assert torch.equal(one.model, other.model)
+    assert one.fingerprint() == other.fingerprint()
+    with pytest.raises(ValueError, match="bytes of model"):
+        other.restore(one.to_bytes()[:-1])
+
+
+def test_a_flipped_bit_in_memory_shows() -> None:
+    one = Ledger(integers(1), Sum())
+    one.model[7] ^= 1 << 13
+    assert one.recompute() != one.fingerprint()
+
+
+def test_floats_become_the_nearest_integers() -> None:
+    whole = ledger.from_floats(torch.tensor([0.5, -1.25, 1e-9]), 24)
+    assert whole.tolist() == [2**23, -5 * 2**22, 0]
+    with pytest.raises(ValueError, match="quantum_bits"):
+        ledger.from_floats(torch.tensor([64.0]), 24)
+    with pytest.raises(ValueError, match="quantum_bits"):
+        ledger.from_floats(torch.tensor([float("nan")]), 24)
+
+
+class Middle:
+    """The integer median of a turn: a rule that does need the neighbours."""
+
+    alone = False
+
+    def joined(self, others: tuple[Decoded, ...], update: Decoded) -> Decoded:
+        with_it = torch.stack([u.dense() for u in (*others, update)]).median(0).values
+        if not others:
+            return Decoded(update.size, with_it)
+        without = torch.stack([u.dense() for u in others]).median(0).values
+        return Decoded(update.size, with_it - without)
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(9)), gone=st.integers(0, 8))
+def test_another_turn_rule_is_a_function_of_the_set(order: list[int], gone: int) -> None:
+    """Order, and an update that comes and goes, leave no trace under any rule."""
+    turns = {i: i % 3 for i in range(9)}
+    one, other = Ledger(integers(1), Middle()), Ledger(integers(1), Middle())
+    for i in range(9):
+        if i != gone:
+            one.add(i, turns[i], update(i))
+    for i in order:
+        other.add(i, turns[i], update(i))
+    other.subtract(gone, turns[gone], update(gone))
+    assert torch.equal(one.model, other.model)
+    assert one.fingerprint() == other.fingerprint() == one.recompute()
+    middle = torch.stack([update(i).dense() for i in range(9) if i % 3 == 0 and i != gone])
+    alone = Ledger(torch.zeros(SIZE, dtype=torch.int32), Middle())
+    for i in range(0, 9, 3):
+        if i != gone:
+            alone.add(i, 0, update(i))
+    assert torch.equal(alone.model, middle.median(0).values)
