@@ -43,6 +43,8 @@ class Arrivals:
     fetches: dict[Hash, Fetch] = field(default_factory=dict)
     tries: dict[Key, int] = field(default_factory=dict)
     """How often storing failed."""
+    heard_from: dict[Hash, set[PeerId]] = field(default_factory=dict)
+    """Record id → who has it: they need not be told when we have it too."""
     full: bool = False
     """The log is full: nothing more can be held."""
     _count: int = 0
@@ -64,6 +66,7 @@ class Arrivals:
             return Taken.REFUSED
         self.waiting.setdefault(update.author, {})[update.number] = record
         self._count += 1
+        self.heard_from[record.id] = {source} if source is not None else set()
         if own or not self._needs_payload(update):
             self.out.add(Store(record, own))
         else:
@@ -89,10 +92,12 @@ class Arrivals:
         """`source` has the first `count` updates of `author`: pull from it what still lacks."""
         for number, record in self.waiting.get(author, {}).items():
             if number <= count and isinstance(record.statement, Update):
-                self.also(source, record.statement)
+                self.also(source, record.id, record.statement)
 
-    def also(self, source: PeerId, update: Update) -> None:
+    def also(self, source: PeerId, record: Hash, update: Update) -> None:
         """`source` has this update as well."""
+        if (heard := self.heard_from.get(record)) is not None:
+            heard.add(source)
         if fetch := self.fetches.get(update.payload):
             self._add_source(fetch, source)
 
@@ -171,10 +176,16 @@ class Arrivals:
         self._drop(update)
         return True
 
+    def forget(self, update: Update) -> bool:
+        """Wait for this update no longer; say whether we did."""
+        return self._drop(update)
+
     def _drop(self, update: Update) -> bool:
         numbers = self.waiting.get(update.author, {})
-        if numbers.pop(update.number, None) is None:
+        record = numbers.pop(update.number, None)
+        if record is None:
             return False
+        self.heard_from.pop(record.id, None)
         self._count -= 1
         if not numbers:
             del self.waiting[update.author]

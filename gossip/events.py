@@ -2,6 +2,18 @@
 
 `Protocol.handle(event, now) -> effects`. Whoever drives the core performs the effects in order,
 at once, and reports results as further events. `now` is float seconds of a monotonic clock.
+
+The worker has one request at a time: after `StartTurn`, `Apply`, `Subtract` or `Rebuild` the core
+asks for nothing more until the answer, which always comes (or `WorkerDown`, which cancels it):
+
+    Apply, Subtract   Applied
+    Rebuild           Rebuilt
+    StartTurn         Applied (what was applied first, maybe nothing), then TurnDone
+
+A finished turn waits for its number: the core answers `TurnDone` that has a payload with
+`Store(own=True)` and asks the worker for nothing until `Stored` or `StoreFailed`. With `Stored` the
+driver lets the worker commit the turn under the record's (log, number); with `Discard` it lets it
+forget the turn. After `WorkerReady` the core starts from the frontier stated there, be it empty.
 """
 
 from dataclasses import dataclass, field
@@ -15,10 +27,15 @@ from shoal.gossip.records import Record, Report
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The daemon is up: `addresses` are its own (without /p2p), `admission` its own proof."""
+    """The daemon is up: `addresses` are its own (without /p2p), `admission` its own proof.
+
+    `alone`: nobody else is known (a founder's first start), so there is nobody to wait for. Else
+    training starts after one round of anti-entropy, or after `Limits.join_patience` without one.
+    """
 
     addresses: tuple[str, ...]
     admission: bytes
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +100,10 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class StoreFailed:
-    """It is not, and nothing half-written counts. `reason`: "log full" or "disk: …"."""
+    """It is not, and nothing half-written counts. `reason`: "log full" or "disk: …".
+
+    After "disk: …" the driver keeps the log in memory: own updates go on under a fresh log id.
+    """
 
     record: Record
     reason: str
@@ -252,6 +272,11 @@ class StartTurn:
 
 
 @dataclass(frozen=True, slots=True)
+class Discard:
+    """The last turn's update is not published: residual and momentum go back to its start."""
+
+
+@dataclass(frozen=True, slots=True)
 class Apply:
     """The worker is idle: let it apply everything held up to `frontier`."""
 
@@ -299,6 +324,7 @@ Effect = (
     | Store
     | KeepAdmission
     | StartTurn
+    | Discard
     | Apply
     | Subtract
     | Rebuild

@@ -111,6 +111,10 @@ class Frontier:
         self._most_unordered = unordered
         self._most_logs = logs
         self._hash: Hash | None = None
+        self.version = 0
+        """Grows with every change of a count or closing."""
+        self.closings = 0
+        """How many logs are closed."""
 
     # ------------------------------------------------------------ questions
 
@@ -213,6 +217,7 @@ class Frontier:
                 log.append(*log.above.pop(number))
                 self._unordered -= 1
                 self._hash = None
+                self.version += 1
         return taken
 
     def close(self, author: Author, number: int) -> bool:
@@ -221,6 +226,8 @@ class Frontier:
         if log.closed and log.closed <= number:
             return False
         before = len(log.above)
+        self.closings += not log.closed
+        self.version += 1
         log.close(number)
         self._unordered -= before - len(log.above)
         self._hash = None

@@ -1,0 +1,827 @@
+"""Start reading here: the gossip core. Events in, effects out; no clock, no socket, no tensor.
+
+`Protocol.handle(event, now)` is all there is to drive. Behind it, one noun each:
+
+    membership.py      who is there                  dissemination.py   records along links
+    frontier.py        which updates are in          repair.py          what is missing, from whom
+    arrivals.py        payloads, storing             neighbours.py      which links should be open
+    turns.py           what the worker does next     agreement.py       are our models the same?
+    pacing.py          may the next turn start?      score.py           who misbehaves?
+
+A record comes in through `_take`, whoever sent it and by whatever message; an update is held once
+it is `Stored`, and only then passed on.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from shoal.gossip import pacing, topology
+from shoal.gossip.agreement import STRIKES, Agreement, Fingerprint
+from shoal.gossip.arrivals import Arrivals
+from shoal.gossip.dissemination import Dissemination
+from shoal.gossip.events import (
+    Applied,
+    Depart,
+    Disconnect,
+    Effect,
+    Event,
+    KeepAdmission,
+    LinkDown,
+    LinkUp,
+    Misbehaved,
+    Moved,
+    Pause,
+    Pulled,
+    PullFailed,
+    Rebuilt,
+    Received,
+    Resume,
+    Start,
+    Store,
+    Stored,
+    StoreFailed,
+    Tick,
+    TurnDone,
+    Wake,
+    WorkerDown,
+    WorkerReady,
+)
+from shoal.gossip.frontier import Frontier, Rows, Taken
+from shoal.gossip.limits import Limits
+from shoal.gossip.membership import Membership
+from shoal.gossip.messages import (
+    Ack,
+    Announce,
+    AskAdmission,
+    Graft,
+    Message,
+    Nack,
+    Ping,
+    PingRequest,
+    Prune,
+    Push,
+    Vouch,
+)
+from shoal.gossip.names import Author, Hash, Key, PeerId
+from shoal.gossip.neighbours import Neighbours
+from shoal.gossip.outbox import Outbox
+from shoal.gossip.records import (
+    Alive,
+    Contact,
+    Leave,
+    Progress,
+    Proof,
+    Record,
+    Report,
+    Standing,
+    Statement,
+    Suspect,
+    Update,
+)
+from shoal.gossip.repair import Repair
+from shoal.gossip.run import Held, Run
+from shoal.gossip.score import Bucket, Scores
+from shoal.gossip.timers import Timers
+from shoal.gossip.turns import Turns
+from shoal.gossip.view import View
+
+CATCH_UP_PATIENCE = 20
+"""A joiner that others have answered waits so many `join_patience` for what they hold."""
+ASK_AGAIN = 2.0
+"""Seconds until an admission is asked for again."""
+PUBLISHING = (Standing.TRAINING,)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One line of a status table."""
+
+    peer: PeerId
+    state: str
+    """alive, suspected, failed or left."""
+    standing: Standing | None
+    report: Report | None
+    """What it said last about itself."""
+    addresses: tuple[str, ...]
+    linked: bool
+    updates: int
+    """How many of its updates we hold."""
+
+
+class Protocol:
+    """One peer's gossip core."""
+
+    def __init__(
+        self,
+        run: Run,
+        me: PeerId,
+        log: int,
+        boot: int,
+        seal: Callable[[Statement], Record],
+        rng: random.Random,
+        limits: Limits,
+        held: Held,
+    ) -> None:
+        self.run, self.me, self.rng = run, me, rng
+        self.limits = limits = replace(limits, members=min(limits.members, limits.ledger_members))
+        self._seal, self._held = seal, held
+        self._now = 0.0
+        self._wake: float | None = None
+        self.timers, self.out = Timers(), Outbox(limits.push_records)
+        self.frontier = Frontier(unordered=limits.unordered, logs=limits.logs)
+        self.rows, self.scores = Rows(), Scores(limits)
+        self.view = held.view.copy() if held.view is not None else View()
+        self.membership = Membership(
+            me, boot, limits, rng, self.timers, self.out, self._publish, self.view
+        )
+        self.dissemination = Dissemination(limits, self.timers, self.out)
+        self.arrivals = Arrivals(run, limits, self.timers, self.out, self.frontier)
+        self.neighbours = Neighbours(
+            me, limits, self.timers, self.out, self.membership, topology.make(run.topology)
+        )
+        self.repair = Repair(
+            limits,
+            rng,
+            self.timers,
+            self.out,
+            self.frontier,
+            self.rows,
+            self.view,
+            self.membership,
+            self.arrivals,
+            self.dissemination,
+            held.recall,
+        )
+        self.agreement = Agreement(self.frontier)
+        self.turns = Turns(
+            run,
+            me,
+            log,
+            rng,
+            self.timers,
+            self.out,
+            self.frontier,
+            self.arrivals,
+            self.agreement,
+            pacing.make(run.pace, self.frontier, limits, run.min_peers, run.participation),
+            pacing.Weight(run.min_peers, limits.weight_turns),
+            seal,
+            self.training,
+            self._may_publish,
+        )
+        self.admissions: dict[PeerId, bytes] = dict(held.admissions)
+        self.accused: set[PeerId] = set()
+        """Peers of whom a proof of equivocation is known."""
+        self.paused = self.joined = self.diverged = False
+        self._kept: set[PeerId] = set(held.admissions)
+        self._strangers: dict[PeerId, list[tuple[PeerId, Record]]] = {}
+        self._asked_admission: dict[PeerId, float] = {}
+        self._new_logs: dict[PeerId, float] = {}
+        self._rates: dict[PeerId, Bucket] = {}
+        self._sequence = 0
+        self._stated: int = -1
+        self._started = 0.0
+        self._load(held)
+
+    def _load(self, held: Held) -> None:
+        for record in held.proofs:
+            if isinstance(proof := record.statement, Proof):
+                self._note_proof(record, proof)
+        for record in held.records:
+            if isinstance(update := record.statement, Update):
+                self.frontier.add(update, record.id)
+        own = self.frontier.logs.get(self.turns.author)
+        if own is not None and own.above:
+            self.turns.renew_log("a hole in our own log")
+
+    # ------------------------------------------------------------ the one entry
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Let `event` happen at `now`; return what is to be done, in order."""
+        self._now = self.dissemination.now = now
+        self._handle(event, now)
+        self._join(now)
+        self.membership.stand(self._standing())
+        self.turns.dispatch(self._may_train(), now)
+        self.arrivals.pump()
+        self._state_soon(now)
+        self._set_wake(now)
+        return self.out.drain()
+
+    def _handle(self, event: Event, now: float) -> None:
+        match event:
+            case Tick():
+                for what, whom in self.timers.due(now):
+                    self._on_time(what, whom, now)
+            case Received(peer, message):
+                self._on_message(peer, message, now)
+            case LinkUp(peer, admission):
+                self._on_link_up(peer, admission, now)
+            case LinkDown(peer):
+                self._on_link_down(peer, now)
+            case Pulled(payload):
+                self.arrivals.pulled(payload)
+            case PullFailed(peer, payload, reason):
+                self._on_pull_failed(peer, payload, reason, now)
+            case Stored(record):
+                self._on_stored(record)
+            case StoreFailed(record, reason):
+                self._on_store_failed(record, reason)
+            case Misbehaved(peer, reason):
+                self._blame(peer, reason, now)
+            case _:
+                self._handle_own(event, now)
+
+    def _handle_own(self, event: Event, now: float) -> None:
+        """Events of our own worker and operator."""
+        match event:
+            case WorkerReady():
+                self.turns.worker_ready(event)
+            case WorkerDown(reason):
+                self.turns.worker_down(reason)
+                self.out.happened("worker-down", self.me, reason=reason)
+            case TurnDone():
+                self.turns.turn_done(event)
+            case Applied():
+                self.turns.applied(event)
+                self._check()
+            case Rebuilt():
+                self.turns.on_rebuilt(event)
+                self._check()
+            case Start(addresses, admission, alone):
+                self._start(addresses, admission, alone, now)
+            case Pause():
+                self.paused = True
+            case Resume():
+                self.paused = False
+            case Depart():
+                self.membership.leave()
+                self.out.happened("leaving", self.me)
+            case Moved(addresses):
+                if self.membership.contact is not None:
+                    self.membership.contact = (addresses, self.membership.contact[1])
+                    self.membership.say_contact()
+            case _:
+                pass
+
+    def _set_wake(self, now: float) -> None:
+        at = self.timers.next()
+        # An earlier wake that is still to come ticks in vain and asks again: cheaper than many.
+        if at is not None and (self._wake is None or self._wake <= now or at < self._wake):
+            self._wake = at
+            self.out.add(Wake(at))
+
+    # ------------------------------------------------------------ start and joining
+
+    def _start(self, addresses: tuple[str, ...], admission: bytes, alone: bool, now: float) -> None:
+        self._started = now
+        self.admissions[self.me] = admission
+        self.membership.standing = self._standing()
+        self.membership.start(addresses, admission, now)
+        rng, limits = self.rng, self.limits
+        self.timers.set("repair", now + rng.random() * limits.repair_interval)
+        self.timers.set("topology", now + rng.random() * limits.topology_interval)
+        self.timers.set("progress", now + self._progress_interval() * (0.5 + rng.random()))
+        if alone:
+            self._begin()
+        else:
+            self.timers.set("patience", now + limits.join_patience)
+
+    def _join(self, now: float) -> None:
+        """Begin to train once we hold what the first peer that told us held."""
+        if not self.joined and self.repair.caught_up():
+            self._begin()
+
+    def _begin(self) -> None:
+        self.joined = True
+        self.timers.cancel("patience")
+        latest = pacing.latest_turns(self.frontier)
+        own = latest.pop(self.me, 0)
+        stated = []
+        for peer in self.membership.others():
+            standing = self.membership.standing_of(peer)
+            said = self.agreement.statements.get(peer)
+            turn = max(latest.get(peer, 0), said.report.turn if said else 0)
+            if turn or standing in (Standing.JOINING, Standing.TRAINING):
+                stated.append(turn)
+        self.turns.next = max(own + 1, pacing.first_turn(self.run.pace, stated), self.turns.next)
+        self.membership.stand(self._standing())
+
+    def _lose_patience(self, now: float) -> None:
+        if self.repair.rounds and now < self._started + CATCH_UP_PATIENCE * (
+            self.limits.join_patience
+        ):
+            self.timers.set("patience", now + self.limits.join_patience)
+            return
+        if self.frontier.count(self.turns.author):
+            # Nobody could tell us whether our disk is older than what we once published.
+            self.turns.renew_log("nobody to ask")
+        self.out.happened("alone", self.me)
+        self._begin()
+
+    # ------------------------------------------------------------ time
+
+    def _on_time(self, what: str, whom: bytes, now: float) -> None:
+        if self.membership.on_time(what, PeerId(whom), now):
+            if what == "forget" or what == "retry":
+                self._forget_details()
+        elif not (
+            self.repair.on_time(what, now)
+            or self.dissemination.on_time(what, whom)
+            or self.neighbours.on_time(what, now)
+        ):
+            match what:
+                case "progress":
+                    self._state_progress(now)
+                case "patience":
+                    self._lose_patience(now)
+                case "pull":
+                    self._find_sources(Hash(whom))
+                case _:
+                    pass  # "turn": `dispatch` looks anyway
+
+    def _forget_details(self) -> None:
+        gone = [p for p in self.agreement.statements if p in self.membership.forgotten]
+        self.agreement.forget(gone)
+        for peer in gone:
+            self.rows.forget(peer)
+
+    # ------------------------------------------------------------ links
+
+    def _on_link_up(self, peer: PeerId, admission: bytes, now: float) -> None:
+        if peer in self.accused or self.scores.banned(peer, now):
+            self.out.add(Disconnect(peer, "banned", self.limits.ban))
+            return
+        if self._too_many(peer):
+            why = f"a ledger run has at most {self.limits.members} members; larger ones use mixing"
+            self.out.add(Disconnect(peer, why))
+            return
+        self._admit(peer, admission, now)
+        if not self.neighbours.up(peer, now):
+            return
+        self.dissemination.link_up(peer)
+        self.repair.link_up(peer)
+        if not self.view.lives(peer):
+            for record in self.view.of(self.me):
+                self.out.push(peer, record)
+        self.membership.heard_from(peer, now)
+
+    def _too_many(self, peer: PeerId) -> bool:
+        return peer not in self.view.alive and len(self.view.alive) >= self.limits.members
+
+    def _on_link_down(self, peer: PeerId, now: float) -> None:
+        self.dissemination.link_down(peer)
+        self.repair.link_down(peer)
+        if self.neighbours.down(peer, now):
+            self.membership.hurry(peer, now)
+
+    def _blame(self, peer: PeerId, reason: str, now: float) -> None:
+        self.out.count(f"misbehaved:{reason}")
+        if self.scores.blame(peer, reason, now):
+            self.out.happened("banned", peer, reason=reason)
+            self.out.add(Disconnect(peer, f"banned: {reason}", self.limits.ban))
+
+    # ------------------------------------------------------------ messages
+
+    def _on_message(self, peer: PeerId, message: Message, now: float) -> None:
+        if peer == self.me or peer in self.accused or self.scores.banned(peer, now):
+            return
+        self.membership.heard_from(peer, now)
+        match message:
+            case Push():
+                self._on_push(peer, message, now)
+            case Ping() | Ack() | PingRequest() | Nack():
+                self.membership.on_message(peer, message, now)
+            case Announce(ids):
+                self._on_announce(peer, ids)
+            case Graft(ids):
+                self.dissemination.on_graft(peer)
+                self.repair.on_graft(peer, ids)
+            case Prune():
+                self.dissemination.on_prune(peer)
+            case AskAdmission(peers):
+                self._vouch(peer, peers)
+            case Vouch(subject, admission):
+                if subject in self._strangers:
+                    self._admit(subject, admission, now)
+            case _:
+                self.repair.on_message(peer, message, now)
+
+    def _on_push(self, peer: PeerId, push: Push, now: float) -> None:
+        asked = self.repair.answering(peer, now)
+        size = sum(len(r.raw) for r in push.records)
+        if not asked and not self.scores.admit(peer, len(push.records), size, now):
+            self._blame(peer, "flood", now)
+            return
+        news = [self._take(record, peer, now, asked=asked) for record in push.records]
+        if any(news):
+            self.dissemination.useful(peer)
+        elif news and not asked:
+            self.dissemination.duplicate(peer)
+
+    def _on_announce(self, peer: PeerId, ids: tuple[Hash, ...]) -> None:
+        self.dissemination.on_announce(peer, ids[: self.limits.recent])
+        for record in ids:
+            if heard := self.arrivals.heard_from.get(record):
+                heard.add(peer)
+
+    # ------------------------------------------------------------ admissions
+
+    def _known(self, peer: PeerId) -> bool:
+        return peer in self.view.contacts or peer in self.admissions or peer == self.me
+
+    def _admit(self, peer: PeerId, admission: bytes, now: float) -> None:
+        self.admissions[peer] = admission
+        self._asked_admission.pop(peer, None)
+        for sender, record in self._strangers.pop(peer, []):
+            self._take(record, sender, now, asked=True)
+
+    def _hold(self, subject: PeerId, sender: PeerId, record: Record, now: float) -> None:
+        """Keep a record of a peer we never met until we know how it was admitted."""
+        if sum(map(len, self._strangers.values())) >= self.limits.held_records:
+            self.out.count("stranger-dropped")
+            return
+        held = self._strangers.setdefault(subject, [])
+        if all(record.id != other.id for _, other in held):
+            held.append((sender, record))
+        if now - self._asked_admission.get(subject, float("-inf")) >= ASK_AGAIN:
+            self._asked_admission[subject] = now
+            self.out.send(sender, AskAdmission((subject,)))
+
+    def _vouch(self, asker: PeerId, peers: tuple[PeerId, ...]) -> None:
+        for peer in peers[: self.limits.push_records]:
+            if (admission := self._admission(peer)) is not None:
+                self.out.send(asker, Vouch(peer, admission))
+
+    def _admission(self, peer: PeerId) -> bytes | None:
+        contact = self.view.contacts.get(peer)
+        if contact is not None and isinstance(contact.statement, Contact):
+            return contact.statement.admission
+        return self.admissions.get(peer)
+
+    # ------------------------------------------------------------ records
+
+    def _take(self, record: Record, sender: PeerId, now: float, *, asked: bool) -> bool:
+        """Take in a record; say whether it was news."""
+        statement = record.statement
+        if self.dissemination.seen(record.id):
+            if isinstance(statement, Update):
+                self.arrivals.also(sender, record.id, statement)
+            return False
+        subject = _subject(statement)
+        if isinstance(statement, Contact):
+            if subject in self._strangers:
+                self._admit(subject, statement.admission, now)
+        elif not self._known(subject):
+            self._hold(subject, sender, record, now)
+            return True
+        match statement:
+            case Update():
+                return self._take_update(record, statement, sender, now, asked=asked)
+            case Proof():
+                return self._take_proof(record, statement, sender)
+            case Progress():
+                return self._take_progress(record, statement, sender)
+            case _:
+                return self._take_membership(record, sender, now)
+
+    def _take_membership(self, record: Record, sender: PeerId, now: float) -> bool:
+        news = self.membership.take(record, now)
+        self.dissemination.see(record.id)
+        if news:
+            self.dissemination.forward(record, sender, set())
+        elif _subject(record.statement) == sender and (newer := self.membership.newer(record)):
+            self.out.push(sender, newer)
+        return news
+
+    def _take_progress(self, record: Record, progress: Progress, sender: PeerId) -> bool:
+        self.dissemination.see(record.id)
+        if progress.peer == self.me:
+            self._sequence = max(self._sequence, progress.sequence)
+            return False
+        if not self.agreement.heard(progress):
+            return False
+        if self.frontier.hash_at(counts := dict(progress.frontier)) == progress.frontier_hash:
+            for author, count in counts.items():
+                self.rows.state(progress.peer, author, count)
+        self.dissemination.forward(record, sender, set())
+        self._check()
+        return True
+
+    def _take_update(
+        self, record: Record, update: Update, sender: PeerId, now: float, *, asked: bool
+    ) -> bool:
+        if self.turns.rolled_back(update):
+            self.turns.renew_log("our disk is older than what we published")
+        taken, other = self.arrivals.look(record, update)
+        if taken is Taken.NEW:
+            if self._delayed(update, sender, now, asked=asked):
+                return True
+            taken = self.arrivals.take(record, update, sender, own=False)
+        match taken:
+            case Taken.CONFLICT:
+                self._accuse(record, update, other)
+            case Taken.REFUSED:
+                self.out.count("update-refused")
+            case _:
+                self.dissemination.see(record.id)
+        return taken in (Taken.NEW, Taken.CONFLICT)
+
+    def _delayed(self, update: Update, sender: PeerId, now: float, *, asked: bool) -> bool:
+        """Say whether an author goes too fast; what we drop here, repair brings later."""
+        peer, limits = update.author.peer, self.limits
+        if sender == peer and self._one_more_log(update.author):
+            if now - self._new_logs.get(peer, float("-inf")) < limits.log_interval:
+                self.out.count("log-delayed")
+                return True
+            self._new_logs[peer] = now
+        if asked:
+            return False
+        rate = limits.updates_per_minute
+        bucket = self._rates.setdefault(peer, Bucket(rate, now))
+        if bucket.take(1, rate / 60, rate, now):
+            return False
+        self.out.count("update-delayed")
+        return True
+
+    def _one_more_log(self, author: Author) -> bool:
+        """Say whether `author` would be a further log of a peer that has one."""
+        logs = self.frontier.logs
+        return author not in logs and any(a.peer == author.peer for a in logs)
+
+    def _on_stored(self, record: Record) -> None:
+        update = record.statement
+        if not isinstance(update, Update):
+            return
+        heard = self.arrivals.heard_from.get(record.id, set())
+        held = self.arrivals.stored(record, update)
+        self.turns.stored(record)
+        if not held:
+            return
+        peer = update.author.peer
+        self.turns.weight.hear(peer, self.turns.next)
+        if peer not in self._kept and (admission := self._admission(peer)) is not None:
+            self._kept.add(peer)
+            self.admissions[peer] = admission
+            self.out.add(KeepAdmission(peer, admission))
+        holders = heard | self.repair.holders(update.author, update.number)
+        self.dissemination.see(record.id)
+        self.dissemination.forward(record, None, holders)
+        if peer == self.me:
+            self.out.happened("published", self.me, turn=update.turn, bytes=update.size)
+
+    def _on_store_failed(self, record: Record, reason: str) -> None:
+        update = record.statement
+        if not isinstance(update, Update):
+            return
+        self.out.count("store-failed")
+        if reason == "log full":
+            self.arrivals.full = True
+        if self.turns.owns(record):
+            self.arrivals.forget(update)
+            self.turns.store_failed(reason)
+        else:
+            self.arrivals.store_failed(record, update, reason)
+
+    def _on_pull_failed(self, peer: PeerId, payload: Hash, reason: str, now: float) -> None:
+        if self.arrivals.failed(peer, payload):
+            self.timers.set("pull", now + 2 * self.limits.graft_timeout, payload)
+
+    def _find_sources(self, payload: Hash) -> None:
+        """All known sources of a payload failed: try whoever has stated to hold it."""
+        if fetch := self.arrivals.fetches.get(payload):
+            author, number = fetch.keys[0]
+            for peer in sorted(self.repair.holders(author, number)):
+                self.arrivals.holds(peer, author, number)
+
+    # ------------------------------------------------------------ equivocation
+
+    def _accuse(self, second: Record, update: Update, first: Record | None) -> None:
+        """Two genuine updates under one number: prove it."""
+        first = first or self._held.recall(Key(update.author, update.number))
+        if first is None or first.id == second.id:
+            return
+        smaller, larger = sorted((first, second), key=lambda r: r.id)
+        proof = Proof(update.author, update.number, smaller.raw, larger.raw)
+        self._take_proof(self._seal(proof), proof, None)
+
+    def _take_proof(self, record: Record, proof: Proof, sender: PeerId | None) -> bool:
+        self.dissemination.see(record.id)
+        if not self._note_proof(record, proof):
+            return False
+        self.out.add(Store(record))
+        self.out.count("equivocation")
+        self.out.happened("equivocation", proof.author.peer, number=proof.number)
+        self.arrivals.close(proof.author, proof.number)
+        self.dissemination.forward(record, sender, set())
+        peer = proof.author.peer
+        if peer in self.neighbours.links and peer != self.me:
+            self.out.add(Disconnect(peer, "equivocation", self.limits.ban))
+        return True
+
+    def _note_proof(self, record: Record, proof: Proof) -> bool:
+        """Let the smallest number stand; say whether this proof is it."""
+        held = self.view.proofs.get(proof.author)
+        if held is not None and isinstance(other := held.statement, Proof):  # noqa: SIM102
+            if (proof.number, record.id) >= (other.number, held.id):
+                return False
+        self.view.put(record)
+        self.frontier.close(proof.author, proof.number)
+        if proof.author.peer != self.me:
+            self.accused.add(proof.author.peer)
+        return True
+
+    # ------------------------------------------------------------ our own statements
+
+    def _publish(self, statement: Statement) -> None:
+        record = self._seal(statement)
+        self.dissemination.see(record.id)
+        match statement:
+            case Alive() | Contact() | Leave():
+                self.view.put(record)
+            case Suspect():
+                self.membership.take(record, self._now)
+            case _:
+                pass
+        self.dissemination.forward(record, None, set())
+
+    def _progress_interval(self) -> float:
+        # Everybody hears everybody: the swarm's statements stay at ten a second at most.
+        return max(self.limits.progress_interval, len(self.view.ring) / 10)
+
+    def _state_progress(self, now: float) -> None:
+        self.timers.set("progress", now + self._progress_interval() * (0.9 + self.rng.random() / 5))
+        applied = tuple(sorted((a, n) for a, n in self.agreement.applied.items() if n))
+        at = self.frontier.hash_at(dict(applied))
+        if self.agreement.fingerprint is None or at is None or not self.agreement.clean():
+            return
+        self._sequence += 1
+        self._stated = self.frontier.version
+        self._publish(
+            Progress(
+                self.me,
+                self._sequence,
+                applied,
+                at,
+                self.agreement.fingerprint,
+                self.turns.report,
+            )
+        )
+
+    def _state_soon(self, now: float) -> None:
+        """When all is applied and nothing is trained, others need not wait for our word."""
+        if self.turns.idle() and self._stated != self.frontier.version:
+            self.timers.hurry("progress", now + 1.0 + self.rng.random())
+
+    def _check(self) -> None:
+        """Compare fingerprints; who disagrees after a rebuild of our own means: diverged."""
+        wrong, agreement = self.agreement.check(), self.agreement
+        for peer in wrong:
+            self.out.count("disagreement")
+            if not self.turns.rebuilt:
+                self.turns.rebuild = True
+                continue
+            agreement.strikes[peer] = agreement.strikes.get(peer, 0) + 1
+            if agreement.strikes[peer] >= STRIKES and not self.diverged:
+                self.diverged = True
+                self.out.happened("diverged", peer)
+        if self.diverged and agreement.agrees():
+            self.diverged = self.turns.rebuilt = False
+            self.out.happened("agreed", self.me)
+
+    # ------------------------------------------------------------ what we may do
+
+    def _may_publish(self) -> bool:
+        return not (
+            self.run.observe
+            or self.membership.leaving
+            or self.membership.twin == "later"
+            or self.turns.author in self.view.proofs
+            or self.arrivals.full
+        )
+
+    def _may_train(self) -> bool:
+        unwritable = self.turns.unwritable == "log full"
+        return self.joined and not self.paused and not unwritable and self._may_publish()
+
+    def training(self) -> list[PeerId]:
+        """Return the members that train now, ourselves included if we do, sorted."""
+        standing = self.membership.standing_of
+        return [p for p in self.view.ring if standing(p) in PUBLISHING and p not in self.accused]
+
+    def _standing(self) -> Standing:
+        if self.run.observe:
+            return Standing.OBSERVING
+        if not self._may_publish():
+            return Standing.DEGRADED
+        if self.paused:
+            return Standing.PAUSED
+        if not self.joined:
+            return Standing.JOINING
+        return Standing.FINISHED if self.turns.finished() else Standing.TRAINING
+
+    # ------------------------------------------------------------ questions for /status
+
+    @property
+    def log(self) -> int:
+        """The log id under which our next update will be numbered."""
+        return self.turns.log
+
+    @property
+    def state(self) -> str:
+        """What this peer does, in a word or a word with a reason."""
+        if self.membership.leaving:
+            return "leaving"
+        if self.diverged:
+            return "diverged: models differ at equal frontiers"
+        if why := self._degraded():
+            return f"degraded: {why}"
+        return self._standing().name.lower()
+
+    def _degraded(self) -> str:
+        if self.membership.twin == "later":
+            return "another process runs under this key"
+        if self.turns.author in self.view.proofs:
+            return "two updates under one number: this key is in use elsewhere"
+        if self.arrivals.full or self.turns.unwritable == "log full":
+            return "log full"
+        if self.turns.unwritable:
+            return "disk"
+        return self.turns.down and f"worker: {self.turns.down}"
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """How often what happened, by reason."""
+        return self.out.counters
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the worker's model; None while there is none."""
+        return self.agreement.fingerprint
+
+    @property
+    def turn(self) -> int:
+        """The turn that runs or comes next."""
+        return self.turns.next
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether this run could be repeated bit by bit: lockstep without absentees."""
+        return self.turns.pace.reproducible
+
+    def agrees(self) -> bool | None:
+        """Whether all models compared so far equal ours; None before the first comparison."""
+        return self.agreement.agrees()
+
+    def lag(self) -> int:
+        """How many updates others hold and we do not."""
+        return self.repair.lag()
+
+    def settled(self) -> int:
+        """How many updates every member has stated to hold."""
+        others = [*self.membership.others(), *self.membership.failed]
+        return sum(count for _, count in self.rows.settled(self.frontier, others))
+
+    def linked(self) -> list[PeerId]:
+        """Return the peers with an open link, sorted."""
+        return sorted(self.neighbours.links)
+
+    def members(self) -> list[Member]:
+        """Return everybody known, ourselves included, sorted by id."""
+        updates: dict[PeerId, int] = {}
+        for author, count in self.frontier.counts():
+            updates[author.peer] = updates.get(author.peer, 0) + count
+        return [self._member(peer, updates.get(peer, 0)) for peer in self.view.peers()]
+
+    def _member(self, peer: PeerId, updates: int) -> Member:
+        said = self.agreement.statements.get(peer)
+        contact = self.view.contacts.get(peer)
+        where = contact.statement if contact is not None else None
+        return Member(
+            peer,
+            self._state_of(peer),
+            self.membership.standing_of(peer),
+            self.turns.report if peer == self.me else said.report if said else None,
+            where.addresses if isinstance(where, Contact) else (),
+            peer in self.neighbours.links,
+            updates,
+        )
+
+    def _state_of(self, peer: PeerId) -> str:
+        if peer in self.view.left:
+            return "left"
+        if peer in self.membership.failed:
+            return "failed"
+        return "suspected" if peer in self.membership.suspicions else "alive"
+
+
+def _subject(statement: Statement) -> PeerId:
+    """Return whose admission makes a statement worth hearing."""
+    match statement:
+        case Update(author=author) | Proof(author=author):
+            return author.peer
+        case Suspect(accuser=accuser):
+            return accuser
+        case _:
+            return statement.peer
