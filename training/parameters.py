@@ -94,11 +94,27 @@ def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
+def restore_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Set floating-point buffers back to `before`."""
+    now = dict(model.named_buffers())
+    for name, old in before.items():
+        now[name].copy_(old)
+
+
 def changed_buffers(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
     """Return the names of floating-point buffers that differ from `before`."""
     now = dict(model.named_buffers())
     return sorted(
         name for name, old in before.items() if name in now and not torch.equal(now[name], old)
+    )
+
+
+def buffers_refused(changed: list[str]) -> str:
+    """Return why a model whose buffers change cannot be trained as asked."""
+    return (
+        f"training changes the model's buffers {', '.join(changed[:3])}, which do not travel; "
+        "use layers without them or set run.buffers = 'local'"
     )
 
 

@@ -4,6 +4,7 @@
 is what the genesis stores.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -118,7 +119,13 @@ def _task(given: Any, allow_task: str | None) -> Part:
     options = {key: value for key, value in given.items() if key != "name"}
     name = given["name"]
     factory = task.find(name, allow_task=allow_task)
-    return Part(name, fill(factory, options, where="task", skip=1))
+    filled = fill(factory, options, where="task", skip=1)
+    for key, value in filled.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise SettingError(f"task.{key} = {value!r} cannot stand in a run file") from None
+    return Part(name, filled)
 
 
 def _optimizer(given: Mapping[str, Any], turns: int) -> tuple[Part, str]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from shoal.compression.settings import SettingError, build, unknown
+from shoal.compression.settings import SettingError, build, parameters, unknown
 
 GROUP = "shoal.tasks"
 REQUIRED = ("model", "batches", "loss")
@@ -105,7 +105,10 @@ def find(name: str, *, allow_task: str | None = None) -> Factory:
 
 def make(name: str, options: dict[str, Any], place: Place, *, allow_task: str | None) -> Task:
     """Return the task, or raise SettingError that says what is missing."""
-    made = build(find(name, allow_task=allow_task), options, place, where="task")
+    factory = find(name, allow_task=allow_task)
+    if not parameters(factory):
+        raise SettingError(f"task {name!r}: the factory must take a Place as its first argument")
+    made = build(factory, options, place, where="task")
     missing = [member for member in REQUIRED if not callable(getattr(made, member, None))]
     if missing:
         raise SettingError(

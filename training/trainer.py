@@ -222,7 +222,10 @@ class Trainer:
     def evaluate(self) -> float:
         """Return the task's measure of the shared model on more held-out data than a turn uses."""
         self._parameters.write(self.exchange.model())
-        return self._measure(thorough=True)
+        try:
+            return self._measure(thorough=True)
+        except SettingError as error:
+            raise RunError(str(error)) from error
 
     def alone(self, steps: int) -> float:
         """Train on without anybody, `steps` steps in all; return the measure: the yardstick.
@@ -270,15 +273,7 @@ class Trainer:
         changes nothing, when the file is damaged or of another model.
         """
         tensors, state = _read(path)
-        size = self.parameters
-        if state.get("version") != CHECKPOINT or state.get("layout") != self.layout.hex():
-            raise CheckpointError(f"{path} is of another model or version")
-        shapes = [tensors[k].shape for k in ("ledger", "residual", "momentum") if k in tensors]
-        if "ledger" not in tensors or any(shape != (size,) for shape in shapes):
-            raise CheckpointError(f"{path} is incomplete")
-        lanes = self.exchange.ledger.lanes_of(tensors["ledger"])
-        if list(lanes) != list(state["fingerprint"]):
-            raise CheckpointError(f"{path} is damaged: its fingerprint does not match its model")
+        self._check(path, tensors, state)
         inner = {k.removeprefix("inner/"): v for k, v in tensors.items() if k.startswith("inner/")}
         self._learner.inner.load(inner, state["numbers"])
         self.exchange.restore(tensors["ledger"].numpy().astype("<i4").tobytes())
@@ -304,6 +299,20 @@ class Trainer:
         _write(path, {**rest, **shared}, metadata or {})
 
     # ---- helpers
+
+    def _check(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Raise CheckpointError unless the file is whole and of this model."""
+        if state.get("version") != CHECKPOINT or state.get("layout") != self.layout.hex():
+            raise CheckpointError(f"{path} is of another model or version")
+        types = {"ledger": torch.int32, "residual": torch.float32, "momentum": torch.float32}
+        for name in types.keys() & tensors.keys():
+            if tensors[name].shape != (self.parameters,) or tensors[name].dtype != types[name]:
+                raise CheckpointError(f"{path} is of another model: {name} has another form")
+        needed = {"fingerprint", "owner", "frontier", "numbers", "seconds_per_step"}
+        if "ledger" not in tensors or not needed <= state.keys():
+            raise CheckpointError(f"{path} is incomplete")
+        if list(self.exchange.ledger.lanes_of(tensors["ledger"])) != state["fingerprint"]:
+            raise CheckpointError(f"{path} is damaged: its fingerprint does not match its model")
 
     def _make_task(self) -> Task:
         spec, setup = self._spec, self._setup
@@ -371,25 +380,28 @@ class Trainer:
 
     def _try_one_step(self) -> None:
         """Find what would fail in the first step: data, loss, gradients, changing buffers."""
-        try:
-            batch = next(self._task.batches(torch.Generator().manual_seed(0)))
-        except SettingError as error:
-            raise RunError(str(error)) from error
+        name = self._spec.task.name
         self._parameters.write(self.exchange.model())
         before = parameters.floating_buffers(self._model)
         self._model.train()
-        with torch.random.fork_rng():
-            loss = self._task.loss(self._model, batch)
+        try:
+            with torch.random.fork_rng():
+                batch = next(self._task.batches(torch.Generator().manual_seed(0)))
+                loss = self._task.loss(self._model, batch)
+        except SettingError as error:
+            raise RunError(str(error)) from error
+        except StopIteration:
+            raise RunError(f"task {name!r}: batches() yields nothing") from None
+        except Exception as error:  # a task is anybody's code
+            raise RunError(
+                f"task {name!r} fails in its first step: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise RunError(
-                f"task {self._spec.task.name!r}: loss() must return a scalar tensor with a gradient"
-            )
+            raise RunError(f"task {name!r}: loss() must return a scalar tensor with a gradient")
         changed = parameters.changed_buffers(self._model, before)
+        parameters.restore_buffers(self._model, before)
         if changed and self._spec.run.buffers == "refuse":
-            raise RunError(
-                f"training changes the model's buffers {', '.join(changed[:3])}, which do not "
-                "travel; use a layer without them or set run.buffers = 'local'"
-            )
+            raise RunError(parameters.buffers_refused(changed))
 
 
 def _device(name: str) -> torch.device:
@@ -399,6 +411,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise SettingError(f"device {name!r} is unknown; use cpu, cuda or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise SettingError(f"device {name!r} cannot hold 64-bit integers; use cpu, cuda or auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingError(f"device {name!r}: no CUDA here; use --device cpu")
     return device
@@ -413,9 +427,8 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     """Write a file that is whole or not there."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(safetensors.torch.save(plain, metadata))
-        file.flush()
+    safetensors.torch.save_file(plain, partial, metadata)
+    with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
 

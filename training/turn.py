@@ -114,7 +114,7 @@ class Learner:
         """Take the local steps of a turn from the model as it is, which is `start_D`."""
         device = start_D.device
         batches = self.task.batches(torch.Generator().manual_seed(seed))
-        buffers = parameters.floating_buffers(self.model) if self.buffers == "refuse" else {}
+        buffers = parameters.floating_buffers(self.model)
         losses, problem, started = [], None, self.clock()
         self.model.train()
         self.inner.clear()
@@ -129,15 +129,16 @@ class Learner:
         mean = float(torch.stack(losses).mean())
         seconds = self.clock() - started
         delta_D = self.parameters.read() - start_D
-        if changed := parameters.changed_buffers(self.model, buffers):
-            raise TrainingError(
-                f"training changes the model's buffers {', '.join(changed[:3])}, which do not "
-                "travel; use a layer without them or set run.buffers = 'local'"
-            )
+        if self.buffers == "refuse" and (
+            changed := parameters.changed_buffers(self.model, buffers)
+        ):
+            raise TrainingError(parameters.buffers_refused(changed))
         if not math.isfinite(mean):
             problem = f"the loss became {mean} in turn {turn}"
         elif not bool(torch.isfinite(delta_D).all()):
             problem = f"the model left the finite numbers in turn {turn}"
+        if problem:
+            parameters.restore_buffers(self.model, buffers)
         return Lesson(delta_D, mean, steps, seconds, problem)
 
     def _factor(self, turns_done: float) -> float:

@@ -9,7 +9,6 @@ from hashlib import blake2b
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  what everybody calls it
 
@@ -61,6 +60,8 @@ class Digits:
     def _data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return own images and labels, held-out images and labels."""
         if self._loaded is None:
+            from sklearn.datasets import load_digits  # takes a second; other tasks need not wait
+
             images, labels = load_digits(return_X_y=True)
             hashes = np.array([self._hash(i) for i in range(len(labels))], dtype=np.uint64)
             held_out = hashes % HELD_OUT == 0
