@@ -1,0 +1,175 @@
+"""What `shoal doctor` finds out in processes of its own, where torch and libp2p may crash or hang.
+
+`python -m shoal.node.probe WHAT JSON` prints one JSON object on its last line. `ask` is the
+parent's side: it always returns a dict, with the key `error` when something went wrong.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shoal.training.trainer import Trainer
+    from shoal.training.turn import Turned
+
+STEPS = 2
+"""Steps of a trial turn."""
+TURNS = 6
+"""Trial turns; the fastest counts: the first pays for what torch sets up, others for neighbours."""
+BUDGET = 10.0
+"""Seconds for all trial turns after the second."""
+LONGEST = {"torch": 120.0, "libp2p": 30.0, "run": 300.0}
+"""Seconds after which a probe is given up."""
+
+
+def ask(what: str, **given: object) -> dict[str, Any]:
+    """Run a probe in a child process and return what it says."""
+    argv = [sys.executable, "-m", "shoal.node.probe", what, json.dumps(given)]
+    longest = LONGEST[what]
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, check=False, timeout=longest, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {longest:.0f} s"}
+    except OSError as error:
+        return {"error": f"can't start a process: {error.strerror}"}
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+        if isinstance(answer, dict):
+            return answer
+    except (ValueError, IndexError):
+        pass
+    said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+    return {"error": said[-1][:300]}
+
+
+# ---------------------------------------------------------------- the child's side
+
+
+def torch_here(device: str) -> dict[str, Any]:
+    """Say which torch this is, which devices it has, and whether the one asked for works."""
+    import torch
+
+    found = {
+        "version": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda_build": torch.version.cuda,
+        "muon": hasattr(torch.optim, "Muon"),
+    }
+    if device in {"", "auto"}:
+        device = "cuda" if found["cuda"] else "cpu"
+    try:
+        sum_of_ones = torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device))
+        works = float(sum_of_ones[0, 0]) == 64.0
+        return {**found, "device": device, "works": works}
+    except (RuntimeError, AssertionError) as error:  # a driver too old, no such device, no memory
+        text = str(error).strip() or "?"
+        return {**found, "device": device, "works": False, "why": text.splitlines()[0]}
+
+
+def libp2p_here() -> dict[str, Any]:
+    """Start libp2p on any port, without mDNS, and say how that went."""
+    import asyncio
+    import secrets
+    import time
+
+    from shoal.node.transport.libp2p import Finder, FinderSettings
+
+    async def start() -> str:
+        # A swarm of our own that nobody else is in.
+        finder = Finder(
+            FinderSettings(
+                identity=secrets.token_bytes(32), seed=secrets.token_bytes(32), mdns=False
+            )
+        )
+        finder.start()
+        until = time.monotonic() + 15
+        while finder.state == "starting" and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        said = finder.state
+        await finder.stop()
+        return said
+
+    return {"state": asyncio.run(start())}
+
+
+def run_here(
+    tables: dict[str, Any], members: int, data: str, device: str, allow_task: str
+) -> dict[str, Any]:
+    """Build the run, take one short turn, and apply its update: what a turn costs here."""
+    import dataclasses
+    import time
+
+    from shoal.compression.settings import SettingError
+    from shoal.training.exchange import Arrived
+    from shoal.training.run import RunError, RunSpec
+    from shoal.training.trainer import Setup, Trainer
+    from shoal.training.turn import TrainingError
+
+    try:
+        spec = RunSpec.parse(tables, allow_task=allow_task or None)
+        short = dataclasses.replace(spec.local, steps=STEPS, evaluate_every=0)
+        setup = Setup(
+            run=dataclasses.replace(spec, local=short),
+            data=data or None,
+            device=device or "auto",
+            allow_task=allow_task or None,
+        )
+        trainer = Trainer(setup, clock=time.monotonic)
+        founding = trainer.founding()
+        trials = _try_turns(trainer, members, time.monotonic)
+    except (SettingError, RunError, TrainingError) as error:
+        return {"error": str(error)}
+    turned = trials[-1][0]
+    if turned.payload is None:
+        return {"error": f"the update of a trial turn was dropped: {turned.dropped}"}
+    size, applying = len(turned.payload), []
+    for number in range(1, 4):
+        update = Arrived((bytes(32), 1, number), number, turned.kind, turned.payload, size)
+        began = time.monotonic()
+        trainer.apply([update])
+        applying.append(time.monotonic() - began)
+    return {
+        "parameters": founding.parameters,
+        "kind": turned.kind,
+        "payload": size,
+        "most": founding.most_bytes.get(turned.kind, size),
+        "step_seconds": min(trial.seconds / max(1, trial.steps) for trial, _ in trials),
+        "encode_seconds": min(rest for _, rest in trials),
+        "apply_seconds": min(applying),
+        "steps": spec.local.steps,
+        "turn_seconds": spec.local.turn_seconds,
+    }
+
+
+def _try_turns(
+    trainer: "Trainer", members: int, clock: Callable[[], float]
+) -> "list[tuple[Turned, float]]":
+    """Return trial turns, each with the seconds that it spent on anything but its steps."""
+    trials, began = [], clock()
+    for turn in range(1, TURNS + 1):
+        if turn > 2 and clock() - began > BUDGET:
+            break
+        at = clock()
+        turned = trainer.turn(turn, members)
+        trials.append((turned, max(0.0, clock() - at - turned.seconds)))
+        trainer.discard()
+    return trials
+
+
+def _main() -> None:
+    what, given = sys.argv[1], json.loads(sys.argv[2])
+    probes: dict[str, Callable[..., dict[str, Any]]] = {
+        "torch": torch_here,
+        "libp2p": libp2p_here,
+        "run": run_here,
+    }
+    print(json.dumps(probes[what](**given)))
+
+
+if __name__ == "__main__":
+    _main()
