@@ -26,6 +26,7 @@ from shoal.gossip.timers import Timers
 from shoal.gossip.view import View
 
 MOST_HURRIED = 64
+MOST_RTTS = 64
 MOST_RELAYS = 256
 
 
@@ -57,6 +58,7 @@ class Probe:
 
     target: PeerId
     nonce: int
+    sent: float
     helpers: int = 0
     nacks: int = 0
     indirect: bool = False
@@ -117,6 +119,8 @@ class Membership:
     probe: Probe | None = None
     hurried: list[PeerId] = field(default_factory=list)
     relays: dict[int, Relay] = field(default_factory=dict)
+    rtts: dict[PeerId, float] = field(default_factory=dict)
+    """Round-trip times of the last direct answers, of the `MOST_RTTS` peers asked last."""
     _cursor: int = 0
     _offset: int = 0
     _stride: int = 1
@@ -419,7 +423,7 @@ class Membership:
         if target is None:
             self.probe = None
             return
-        self.probe = Probe(target, self._nonce())
+        self.probe = Probe(target, self._nonce(), now)
         self.timers.set("probe-indirect", now + self.limits.probe_timeout * pace)
         # Lifeguard's buddy system: whom we doubt learns it from us first.
         self.out.send(target, Ping(self.probe.nonce, self.doubts(target)))
@@ -493,7 +497,7 @@ class Membership:
             case PingRequest(nonce, target):
                 self._relay(peer, nonce, target, now)
             case Ack(nonce):
-                self._answered(nonce)
+                self._answered(peer, nonce, now)
             case Nack(nonce):
                 if self.probe is not None and self.probe.nonce == nonce:
                     self.probe.nacks += 1
@@ -504,8 +508,13 @@ class Membership:
         if record := self.view.alive.get(self.me):
             self.out.push(peer, record)
 
-    def _answered(self, nonce: int) -> None:
+    def _answered(self, peer: PeerId, nonce: int, now: float) -> None:
         if self.probe is not None and self.probe.nonce == nonce:
+            if peer == self.probe.target:
+                self.rtts.pop(peer, None)
+                self.rtts[peer] = now - self.probe.sent
+                if len(self.rtts) > MOST_RTTS:
+                    del self.rtts[next(iter(self.rtts))]
             self.probe = None
             self.timers.cancel("probe-indirect")
             self._feel(-1)

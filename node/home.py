@@ -155,13 +155,11 @@ class Home:
         ]
         write_atomically(self.path / "peers.json", json.dumps(entries, indent=1).encode())
 
-    def publish_status(self, host: str, port: int) -> str:
-        """Write down where the status port is; return the token that changing calls need."""
-        token = secrets.token_urlsafe(24)
+    def publish_status(self, host: str, port: int, token: str) -> None:
+        """Write down where the status port is, and the token that changing calls need."""
         write_atomically(self.path / "token", token.encode() + b"\n")
         body = {"host": host, "port": port, "pid": os.getpid()}
         write_atomically(self.path / "status.json", json.dumps(body).encode() + b"\n")
-        return token
 
     def write_turn(self, line: Mapping[str, object]) -> None:
         """Append one line to metrics.jsonl, which is rotated; a sick disk loses the line only."""

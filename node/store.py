@@ -204,12 +204,15 @@ class Store:
             self.log = secrets.randbits(64) or 1
             return self.log
 
-    def new_log(self) -> int:
-        """Take a fresh own log id (others have numbers of ours that this disk lacks)."""
+    def adopt_log(self, log: int) -> None:
+        """Number own updates under `log` from now on, also after a restart.
+
+        The core takes a fresh one when others have numbers of ours that this disk lacks.
+        """
         with self._lock:
-            self.log = secrets.randbits(64) or 1
-            self._record_log_id()
-            return self.log
+            self.log = log
+            if not self.degraded:
+                self._record_log_id()
 
     def sync(self) -> None:
         """Wait until everything is on the disk."""

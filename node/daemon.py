@@ -1,0 +1,508 @@
+"""Start reading here: the daemon builds its parts, runs them in one TaskGroup, shuts them down.
+
+founding.py   which run, which directory, who am I
+driver.py     the core's loop               foreman.py    the worker's jobs
+transport/    links to other peers          discovery.py  whom to dial first
+store.py      the log on disk               http.py       the status port
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import random
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from shoal.gossip import events as ev
+from shoal.gossip import protocol
+from shoal.gossip.names import Key, PeerId
+from shoal.gossip.records import Record, Report, Update
+from shoal.gossip.run import Held, Run
+from shoal.node import founding, pipe, status
+from shoal.node.addresses import parse_bare, parse_listen
+from shoal.node.config import canonical
+from shoal.node.discovery import Discovery
+from shoal.node.driver import Driver
+from shoal.node.errors import ConfigError, PeerError
+from shoal.node.foreman import Foreman, Progress
+from shoal.node.founding import Options, Place
+from shoal.node.home import Known
+from shoal.node.http import StatusServer
+from shoal.node.identity import peer_text
+from shoal.node.initial import Initial
+from shoal.node.journal import Journal
+from shoal.node.metrics import Counters
+from shoal.node.status import EventRow, PeerRow, State, Status, known
+from shoal.node.store import Store
+from shoal.node.supervisor import Supervisor, command, environment
+from shoal.node.traffic import SocketMeter
+from shoal.node.transport.grpc import Transport
+from shoal.node.transport.libp2p import Finder, FinderSettings
+from shoal.node.wire import Sealer, Wire
+
+__all__ = ["Daemon", "Options", "serve"]
+
+log = logging.getLogger(__name__)
+
+SAMPLE = 1.0
+"""Seconds between looks at the sockets and at what else changes slowly."""
+REMEMBER = 30.0
+"""Seconds between writes of the known peers."""
+FAREWELL = 0.5
+"""Seconds for the last words to leave."""
+PORT = 7464
+
+
+async def serve(
+    options: Options, *, target: Path | None = None, address: str | Sequence[str] | None = None
+) -> int:
+    """Found, join or resume a run and serve it until told to stop; return the exit code.
+
+    Raises ConfigError, one line with the remedy, for what the operator can mend.
+    """
+    if target is not None:
+        place = await founding.start(target, options)
+    else:
+        texts = [address] if isinstance(address, str) else list(address or ())
+        place = await founding.join(texts, options)
+    with place.home:
+        return await Daemon(place, paused=options.paused).run()
+
+
+class Daemon:
+    """One peer in one run. `http.Watched` for the status port."""
+
+    def __init__(self, place: Place, *, paused: bool = False) -> None:
+        self.place = place
+        self.paused = paused
+        self.started = time.monotonic()
+        limits, run_id = place.limits, place.genesis.run_id
+        self._counters = Counters()
+        self.journal = Journal(limits.events)
+        self.store = Store.open(place.home.log, limits, run=run_id)
+        self.wire = Wire(run_id, place.admission.verify, limits)
+        self.core = self._make_core()
+        self.initial = Initial(place.home.initial, place.genesis)
+        self.driver = Driver(
+            self.core,
+            self.store,
+            self.journal,
+            self._counters,
+            limits,
+            genesis=place.genesis.raw,
+            initial=self.initial.read,
+        )
+        listen = parse_listen(place.config.listen or f":{PORT}")
+        self.transport = Transport(
+            place.identity,
+            place.admission,
+            self.driver,
+            listen=listen,
+            limits=limits,
+            advertise=[parse_bare(text) for text in place.config.advertise],
+        )
+        self.supervisor = Supervisor(
+            command(),
+            env=environment(place.config.threads),
+            log=place.home.path / "worker.log",
+        )
+        self.foreman = self._make_foreman()
+        self.driver.links, self.driver.hands = self.transport, self.foreman
+        self.discovery = Discovery(
+            place.identity.peer,
+            self.driver.dial,
+            links=self.core.linked,
+            wanted=lambda: limits.degree_min,
+        )
+        self.finder = Finder(
+            FinderSettings(
+                identity=place.identity.key.private_bytes_raw(), seed=place.admission.rendezvous()
+            )
+        )
+        self.meter = SocketMeter(without=lambda: (self.http.port,))
+        self.http = self._make_http()
+        self._stop = asyncio.Event()
+        self._measured = b""
+
+    # ---------------------------------------------------------------- parts
+
+    def _make_core(self) -> protocol.Protocol:
+        place, run_file = self.place, self.place.genesis.run_file
+        exchange = run_file.exchange
+        run = Run(
+            id=place.genesis.run_id,
+            turns=run_file.run.turns,
+            min_peers=run_file.swarm.min_peers,
+            participation=exchange.participation,
+            pace=exchange.pace,
+            topology=run_file.swarm.topology,
+            most_bytes=place.genesis.most,
+            observe=place.config.observe,
+        )
+        held = Held(
+            records=[self.wire.own(stored.raw) for stored in self.store.records()],
+            proofs=[self.wire.own(raw) for raw in self.store.proofs.values()],
+            admissions=self.store.admissions,
+            recall=self._recall,
+        )
+        return protocol.Protocol(
+            run,
+            place.identity.peer,
+            self.store.log,
+            secrets.randbits(64) or 1,
+            Sealer(place.identity, place.genesis.run_id).seal,
+            random.Random(secrets.randbits(128)),
+            place.limits,
+            held,
+        )
+
+    def _make_foreman(self) -> Foreman:
+        genesis, home = self.place.genesis, self.place.home
+        opening = pipe.Open(
+            setup=self.place.setup(),
+            parameters=genesis.parameters,
+            layout=genesis.layout,
+            initial_root=genesis.initial_root,
+            initial=str(home.initial),
+            checkpoint=str(home.checkpoint),
+        )
+        return Foreman(
+            self.supervisor,
+            self.store,
+            opening,
+            feed=self.driver.feed,
+            read=self._update,
+            initial=self._fetch_initial,
+            hold=self.driver.hold,
+            report=self._report,
+            turned=self._turned,
+            limits=self.place.limits,
+        )
+
+    def _make_http(self) -> StatusServer:
+        listen = parse_listen(self.place.config.status)
+        return StatusServer(
+            self, token=secrets.token_urlsafe(24), host=listen.host or "127.0.0.1", port=listen.port
+        )
+
+    def _recall(self, key: Key) -> Record | None:
+        found = self.store.get(*key)
+        return None if found is None else self.wire.own(found[0])
+
+    def _update(self, raw: bytes) -> Update:
+        update = self.wire.own(raw).statement
+        assert isinstance(update, Update)
+        return update
+
+    # ---------------------------------------------------------------- life
+
+    async def run(self) -> int:
+        """Serve until stopped; return the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.set_exception_handler(self._crash)
+        self._crashed: BaseException | None = None
+        try:
+            await self.transport.start()
+            await self.http.start()
+            self._introduce()
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(self.foreman.run(), name="foreman"),
+                    tasks.create_task(self.discovery.run(self.finder), name="discovery"),
+                    tasks.create_task(self._watch(), name="watch"),
+                ]
+                self._begin()
+                await self._stop.wait()
+                for task in running:
+                    task.cancel()
+        finally:
+            await self._end()
+        if self._crashed is not None:
+            raise self._crashed
+        return 0
+
+    def _introduce(self) -> None:
+        """Say where we are, and how to join us."""
+        place = self.place
+        place.home.publish_status(self.http.host, self.http.port, self.http.token)
+        print(f"run {place.genesis.run_file.run.name} {place.genesis.run_id.hex()}")
+        print(f"peer {place.identity}")
+        print(f"directory {place.home.path}")
+        print(f"status http://{self.http.host}:{self.http.port}/status")
+        for address in self.join_addresses():
+            print(f"join: shoal join {address}")
+        sys.stdout.flush()
+        for note in self.store.notes:
+            self.journal.add("log-repaired", None, {"note": note})
+
+    def _begin(self) -> None:
+        """Tell the core that the daemon is up, and start to look for others."""
+        place = self.place
+        if self.paused:
+            self.driver.feed(ev.Pause())
+        self.discovery.bootstrap(place.bootstrap)
+        remembered = place.home.known_peers()
+        self.discovery.recall(remembered)
+        alone = place.founded and not remembered
+        addresses = self.transport.addresses
+        self.driver.feed(ev.Start(addresses, self.transport.proof, alone))
+        self.finder.announce(addresses)
+        self.finder.start()
+
+    async def _end(self) -> None:
+        """Say good-bye and shut down in order; what was acknowledged is on disk already."""
+        self._remember()
+        with contextlib.suppress(Exception):
+            self.driver.feed(ev.Depart())
+            await asyncio.sleep(FAREWELL)
+        self.driver.close()
+        await self.supervisor.stop()
+        await self.http.stop()
+        await self.transport.stop()
+        await self.finder.stop()
+        self.store.close()
+
+    def _crash(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+        """A bug in a task of ours ends the daemon loudly instead of leaving it half alive."""
+        error = context.get("exception")
+        log.error("unexpected", extra={"problem": str(context.get("message"))}, exc_info=None)
+        if isinstance(error, BaseException) and self._crashed is None:
+            self._crashed = error
+            self._stop.set()
+
+    async def _watch(self) -> None:
+        """Look at what changes slowly."""
+        remembered = time.monotonic()
+        while True:
+            await asyncio.sleep(SAMPLE)
+            self.meter.sample()
+            if time.monotonic() - remembered >= REMEMBER:
+                remembered = time.monotonic()
+                self._remember()
+            await self._measure_when_idle()
+
+    async def _measure_when_idle(self) -> None:
+        """Measure the shared model thoroughly once nothing more comes."""
+        at = self.core.frontier.hash
+        if at == self._measured or not self.core.turns.idle() or self.core.lag():
+            return
+        self._measured = at
+        with contextlib.suppress(ConfigError):
+            await self.foreman.evaluate()
+
+    def _remember(self) -> None:
+        """Write down who was here, for the next start."""
+        me = self.place.identity.peer
+        members = [m for m in self.core.members() if m.peer != me and m.addresses]
+        members.sort(key=lambda m: (not m.linked, m.state != "alive"))
+        try:
+            self.place.home.remember_peers(Known(m.peer, m.addresses) for m in members)
+        except OSError as error:
+            log.warning("known peers not written", extra={"error": error.strerror})
+
+    # ---------------------------------------------------------------- the initial model
+
+    async def _fetch_initial(self) -> None:
+        """Fetch the initial integers from whoever has them, until they have the right root."""
+        while True:
+            for peer in self.core.linked():
+                try:
+                    await self.initial.fetch(self.transport, peer)
+                except PeerError as error:
+                    self.driver.on_misbehaviour(peer, error.reason)
+                    log.warning("initial model not fetched", extra={"reason": str(error)})
+                else:
+                    return
+            await asyncio.sleep(SAMPLE)
+
+    # ---------------------------------------------------------------- what is told about turns
+
+    def _report(self, now: Progress) -> Report:
+        def number(value: float | None) -> float:
+            return math.nan if value is None else value
+
+        return Report(
+            turn=now.turn,
+            steps=now.steps,
+            loss=number(now.loss),
+            evaluation=number(now.evaluation),
+            bytes_out=self.meter.bytes_out,
+            bytes_in=self.meter.bytes_in,
+        )
+
+    def _turned(self, answer: pipe.Turned, size: int) -> None:
+        now = self.foreman.now
+        result = "dropped" if answer.dropped is not None else "done"
+        self._counters.add("turns", result)
+        line = {
+            "turn": now.turn,
+            "steps": now.steps,
+            "seconds": round(answer.seconds, 3),
+            "loss": answer.loss,
+            "evaluation": answer.evaluation,
+            "payload_bytes": size,
+            "bytes_out": self.meter.bytes_out,
+            "bytes_in": self.meter.bytes_in,
+            "members": len(self.core.training()),
+            "dropped": answer.dropped,
+        }
+        self.place.home.write_turn(line)
+        log.info("turn", extra={k: v for k, v in line.items() if v is not None})
+
+    # ---------------------------------------------------------------- http.Watched
+
+    def join_addresses(self) -> list[str]:
+        """Return the addresses by which others can join through this peer."""
+        peer, run = self.place.identity.peer, self.place.genesis.run_id
+        return [str(parse_bare(text).of(peer, run)) for text in self.transport.addresses]
+
+    def status(self) -> Status:
+        """Return what `/status` shows."""
+        core, now, genesis = self.core, self.foreman.now, self.place.genesis
+        state, _, why = core.state.partition(": ")
+        rtts = core.membership.rtts
+        published = now.published_bytes
+        fingerprint = core.fingerprint
+        return Status(
+            version=version("shoal"),
+            peer=str(self.place.identity),
+            run=genesis.run_id.hex(),
+            name=genesis.run_file.run.name,
+            join=tuple(self.join_addresses()),
+            state=State(state),
+            why=why,
+            turn=now.turn,
+            turns=genesis.run_file.run.turns,
+            steps=now.steps,
+            steps_per_second=now.last_steps / now.seconds if now.seconds else None,
+            loss=now.loss,
+            evaluation=now.evaluation,
+            first_evaluation=now.first_evaluation,
+            parameters=genesis.parameters,
+            members=sum(m.state in ("alive", "suspected") for m in core.members()),
+            neighbours=tuple(
+                status.Neighbour(id=peer_text(peer), rtt=rtts.get(peer)) for peer in core.linked()
+            ),
+            bytes_in=dict(self.transport.bytes_in),
+            bytes_out=dict(self.transport.bytes_out),
+            sockets=status.Sockets(bytes_in=self.meter.bytes_in, bytes_out=self.meter.bytes_out),
+            published_bytes=published,
+            compression=status.compression_ratio(genesis.parameters, now.steps, published),
+            frontier=status.Frontier(
+                authors=len(core.frontier.counts()),
+                updates=sum(count for _, count in core.frontier.counts()),
+                hash=core.frontier.hash.hex(),
+            ),
+            lag=core.lag() + self._unapplied(),
+            fingerprint="".join(f"{lane:016x}" for lane in fingerprint) if fingerprint else "",
+            agrees=core.agrees(),
+            reproducible=(
+                core.reproducible if genesis.run_file.exchange.pace == "lockstep" else None
+            ),
+            worker=status.Worker(
+                pid=self.supervisor.pid,
+                restarts=self.supervisor.restarts,
+                device=now.device,
+                memory=now.memory or None,
+            ),
+            memory=resident(),
+            uptime=time.monotonic() - self.started,
+            libp2p=self.finder.state,
+            warnings=tuple(self._warnings()),
+        )
+
+    def _unapplied(self) -> int:
+        applied = self.foreman.now.applied
+        return sum(max(0, n - applied.get(a, 0)) for a, n in self.core.frontier.counts())
+
+    def _warnings(self) -> list[str]:
+        found = list(self.store.notes)
+        if self.foreman.now.out_of_range:
+            found.append(f"values out of range: {self.foreman.now.out_of_range}; training diverges")
+        if self.store.degraded:
+            found.append(f"the log is kept in memory only: {self.store.degraded}")
+        if which := self.core.membership.twin:
+            found.append(f"another process runs under this key; this is the {which} one")
+        return found
+
+    def peers(self) -> list[PeerRow]:
+        """Return what `/peers` shows."""
+        me = self.place.identity.peer
+        rtts = self.core.membership.rtts
+        verdicts = self.core.agreement.verdicts
+        return [_row(member, me, rtts, verdicts) for member in self.core.members()]
+
+    def events(self, after: int) -> list[EventRow]:
+        """Return what happened lately."""
+        return self.journal.after(after)
+
+    def counters(self) -> Counters:
+        """Return the counters."""
+        return self._counters
+
+    async def pause(self) -> None:
+        """Stop training after this turn; go on serving."""
+        self.driver.feed(ev.Pause())
+
+    async def resume(self) -> None:
+        """Train again."""
+        self.driver.feed(ev.Resume())
+
+    async def leave(self) -> None:
+        """Leave the swarm and end."""
+        asyncio.get_running_loop().call_later(0.1, self._stop.set)
+
+    async def export(self, path: Path) -> None:
+        """Write the shared model as safetensors, with the run file as metadata."""
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{path.parent} is no directory that this daemon can write to")
+        genesis = self.place.genesis
+        metadata = {
+            "run": canonical(genesis.run_file.tables()).decode(),
+            "run_id": genesis.run_id.hex(),
+            "frontier": self.core.frontier.hash.hex(),
+        }
+        await self.foreman.export(path, metadata)
+
+
+def _row(
+    member: protocol.Member,
+    me: PeerId,
+    rtts: dict[PeerId, float],
+    verdicts: dict[PeerId, bool],
+) -> PeerRow:
+    report = member.report or Report(loss=math.nan, evaluation=math.nan)
+    return PeerRow(
+        id=peer_text(member.peer),
+        me=member.peer == me,
+        state=member.state,
+        standing=member.standing.name.lower() if member.standing is not None else "",
+        neighbour=member.linked,
+        turn=report.turn,
+        steps=report.steps,
+        loss=known(report.loss),
+        evaluation=known(report.evaluation),
+        bytes_in=report.bytes_in,
+        bytes_out=report.bytes_out,
+        rtt=rtts.get(member.peer),
+        agrees=verdicts.get(member.peer),
+        addresses=member.addresses,
+    )
+
+
+def resident() -> int:
+    """Return this process' resident bytes; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,332 @@
+"""The worker's day: opened, given one job after the other in order, opened again when it died.
+
+The core asks for one thing at a time; commits, discards and the operator's calls queue up beside
+that. Payloads go from the log to the worker in batches; nothing else of the log is in memory.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TypeVar
+
+from shoal.gossip import events as ev
+from shoal.gossip.limits import Limits
+from shoal.gossip.names import Author, Hash, Key, PeerId
+from shoal.gossip.records import Report, Update
+from shoal.node import pipe
+from shoal.node.errors import ConfigError
+from shoal.node.store import DamagedError, Store
+from shoal.node.supervisor import Supervisor, WorkerDied, WorkerGone, WorkerRefused
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 32 << 20
+"""Payload bytes given to the worker at once."""
+BATCH_UPDATES = 4096
+
+Counts = tuple[tuple[Author, int], ...]
+Job = Callable[[], Awaitable[None]]
+Order = ev.StartTurn | ev.Apply | ev.Subtract | ev.Rebuild
+Answered = TypeVar("Answered", bound=pipe.Answer)
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the worker said last; for status and reports."""
+
+    device: str = ""
+    memory: int = 0
+    steps: int = 0
+    """Local steps of this peer in this run, restarts of the worker included."""
+    seconds: float = 0.0
+    """Spent in the local steps of the last turn."""
+    last_steps: int = 0
+    turn: int = 0
+    loss: float | None = None
+    evaluation: float | None = None
+    first_evaluation: float | None = None
+    published_bytes: int = 0
+    refused: int = 0
+    out_of_range: int = 0
+    applied: dict[Author, int] = field(default_factory=dict)
+    fingerprint: tuple[int, int] = (0, 0)
+
+
+class Foreman:
+    """Turns the core's requests into the worker's, and its answers into events."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        store: Store,
+        opening: pipe.Open,
+        *,
+        feed: Callable[[ev.Event], object],
+        read: Callable[[bytes], Update],
+        initial: Callable[[], Awaitable[None]],
+        hold: Callable[[Hash, bytes], None],
+        report: Callable[[Progress], Report],
+        turned: Callable[[pipe.Turned, int], None],
+        limits: Limits,
+    ) -> None:
+        """Prepare.
+
+        `read` turns a stored record into its update; `initial` fetches the initial integers into
+        the file named in `opening`; `hold` keeps a payload until the store takes it; `report` makes
+        what others are told; `turned` is called after each turn with its payload's size.
+        """
+        self.supervisor = supervisor
+        self.store = store
+        self.opening = opening
+        self.limits = limits
+        self.now = Progress()
+        self._feed = feed
+        self._read = read
+        self._initial = initial
+        self._hold = hold
+        self._report = report
+        self._turned = turned
+        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._asked: set[asyncio.Future[None]] = set()
+        """Requests of the operator that wait for the worker."""
+
+    # ---------------------------------------------------------------- what others call
+
+    def give(self, request: Order) -> None:
+        """Let the worker do what the core asks; the answer comes as an event."""
+        self._jobs.put_nowait(lambda: self._do(request))
+
+    def commit(self, update: Update) -> None:
+        """Tell the worker that its pending update got a number."""
+        self.now.published_bytes += update.size
+        request = pipe.Commit(update.author.log, update.number)
+        self._jobs.put_nowait(lambda: self._plain(request))
+
+    def discard(self) -> None:
+        """Tell the worker that its pending update is not published."""
+        self._jobs.put_nowait(lambda: self._plain(pipe.Discard()))
+
+    async def export(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the shared model; raises ConfigError when that can't be done."""
+        await self._ask(pipe.Export(str(path), dict(metadata)), pipe.Ready)
+
+    async def evaluate(self) -> None:
+        """Measure the shared model on held-out data, into `now.evaluation`."""
+        self._measured((await self._ask(pipe.Evaluate(), pipe.Measured)).value)
+
+    async def run(self) -> None:
+        """Open the worker and do its jobs, until cancelled or until no worker can be had."""
+        while True:
+            try:
+                await self.supervisor.start()
+                await self._open()
+                while True:
+                    await self._next_job()
+            except (WorkerGone, WorkerRefused) as end:
+                self._down(str(end))
+                return
+            except WorkerDied as death:
+                self._down(death.reason)
+
+    async def _next_job(self) -> None:
+        """Do the next job, or notice that the worker died while there was none."""
+        get = asyncio.create_task(self._jobs.get())
+        death = asyncio.create_task(self.supervisor.dead())
+        try:
+            await asyncio.wait({get, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not get.done():
+                raise WorkerDied(death.result())
+            await get.result()()
+        finally:
+            get.cancel()
+            death.cancel()
+
+    def _down(self, reason: str) -> None:
+        log.warning("worker down", extra={"reason": reason})
+        self._jobs = asyncio.Queue()
+        for asked in self._asked:
+            if not asked.done():
+                asked.set_exception(ConfigError(f"the worker died: {reason}"))
+        self._asked.clear()
+        self._feed(ev.WorkerDown(reason.removeprefix("worker: ")))
+
+    # ---------------------------------------------------------------- opening
+
+    async def _open(self) -> None:
+        opening = self._opening()
+        answer, _ = await self.supervisor.ask_body(opening, (pipe.Opened, pipe.NeedInitial))
+        if isinstance(answer, pipe.NeedInitial):
+            await self._initial()
+            answer = await self.supervisor.ask(opening, pipe.Opened)
+        assert isinstance(answer, pipe.Opened)
+        if answer.note:
+            log.warning("checkpoint not used", extra={"reason": answer.note})
+        self.now.device = answer.device
+        self._moved(answer.frontier, answer.fingerprint)
+        self._feed(ev.WorkerReady(_counts(self.now.applied), self.now.fingerprint))
+
+    def _opening(self) -> pipe.Open:
+        counts = self.store.counts()
+        own = Author(PeerId(self.opening.setup.peer), self.store.log)
+        return pipe.Open(
+            setup=self.opening.setup,
+            parameters=self.opening.parameters,
+            layout=self.opening.layout,
+            initial_root=self.opening.initial_root,
+            initial=self.opening.initial,
+            checkpoint=self.opening.checkpoint,
+            held=sorted((a.peer, a.log, n) for a, n in counts.items()),
+            own=(own.log, counts[own]) if counts.get(own) else None,
+        )
+
+    # ---------------------------------------------------------------- the core's requests
+
+    async def _do(self, request: Order) -> None:
+        match request:
+            case ev.Apply(frontier):
+                self._feed(await self._apply(frontier))
+            case ev.StartTurn():
+                self._feed(await self._apply(request.frontier))
+                self._feed(await self._turn(request))
+            case ev.Subtract(author, first, last):
+                self._feed(await self._subtract(author, first, last))
+            case ev.Rebuild():
+                answer = await self.supervisor.ask(pipe.Reset(), pipe.Done)
+                self._moved(answer.frontier, answer.fingerprint)
+                self._feed(ev.Rebuilt(self._applied([], [])))
+
+    async def _apply(self, frontier: Counts) -> ev.Applied:
+        deltas: list[tuple[Key, tuple[int, int]]] = []
+        refused: list[tuple[Key, str]] = []
+        for items, bodies in self._batches(self._missing(frontier)):
+            answer = await self.supervisor.ask(pipe.Apply(items), pipe.Done, *bodies)
+            for item, result in zip(items, answer.results, strict=True):
+                key = _key(item)
+                deltas.append((key, result.delta))
+                if result.refused is not None:
+                    refused.append((key, result.refused))
+            self._moved(answer.frontier, answer.fingerprint)
+            self.now.out_of_range = answer.out_of_range
+        self.now.refused += len(refused)
+        return self._applied(deltas, refused)
+
+    async def _subtract(self, author: Author, first: int, last: int) -> ev.Applied:
+        keys = (Key(author, number) for number in range(last, first - 1, -1))
+        for items, bodies in self._batches(keys):
+            answer = await self.supervisor.ask(pipe.Subtract(items), pipe.Done, *bodies)
+            self._moved(answer.frontier, answer.fingerprint)
+        return self._applied([], [])
+
+    async def _turn(self, request: ev.StartTurn) -> ev.TurnDone:
+        asked = pipe.Turn(request.turn, request.members)
+        answer, data = await self.supervisor.ask_body(asked, pipe.Turned)
+        now = self.now
+        now.turn, now.loss, now.memory = request.turn, answer.loss, answer.memory
+        now.steps += answer.steps
+        now.last_steps, now.seconds = answer.steps, answer.seconds
+        self._measured(answer.evaluation)
+        self._turned(answer, len(data))
+        if answer.dropped is not None:
+            log.warning("turn dropped", extra={"turn": request.turn, "reason": answer.dropped})
+            return ev.TurnDone(request.turn, answer.kind, None, 0, None, self._report(now))
+        payload_hash = Hash(blake2b(data, digest_size=32).digest())
+        inline = data if len(data) <= self.limits.inline_bytes else None
+        if inline is None:
+            self._hold(payload_hash, data)
+        report = self._report(now)
+        return ev.TurnDone(request.turn, answer.kind, payload_hash, len(data), inline, report)
+
+    # ---------------------------------------------------------------- updates from the log
+
+    def _missing(self, frontier: Counts) -> Iterator[Key]:
+        for author, count in sorted(frontier):
+            for number in range(self.now.applied.get(author, 0) + 1, count + 1):
+                yield Key(author, number)
+
+    def _batches(self, keys: Iterator[Key]) -> Iterator[tuple[list[pipe.Item], list[bytes]]]:
+        items: list[pipe.Item] = []
+        bodies: list[bytes] = []
+        for key in keys:
+            item, body = self._item(key)
+            items.append(item)
+            bodies.append(body)
+            if sum(map(len, bodies)) >= BATCH_BYTES or len(items) >= BATCH_UPDATES:
+                yield items, bodies
+                items, bodies = [], []
+        if items:
+            yield items, bodies
+
+    def _item(self, key: Key) -> tuple[pipe.Item, bytes]:
+        try:
+            found = self.store.get(*key)
+        except DamagedError as error:
+            raise WorkerDied(f"the log is damaged: {error}") from error
+        if found is None:
+            raise WorkerDied(f"update {key.number} of a log in the frontier is not in the store")
+        raw, payload = found
+        update = self._read(raw)
+        payload = payload if payload is not None else update.inline
+        item = pipe.Item(
+            peer=key.author.peer,
+            log=key.author.log,
+            number=key.number,
+            turn=update.turn,
+            kind=update.kind,
+            size=update.size,
+            length=-1 if payload is None else len(payload),
+        )
+        return item, payload or b""
+
+    # ---------------------------------------------------------------- helpers
+
+    async def _plain(self, request: pipe.Commit | pipe.Discard) -> None:
+        await self.supervisor.ask(request, pipe.Ready)
+
+    async def _ask(self, request: pipe.Request, expect: type[Answered]) -> Answered:
+        """Let the operator's request wait its turn; its failure is the operator's to know."""
+        if self.supervisor.pid is None:
+            raise ConfigError(f"no worker runs: {self.supervisor.reason or 'it is starting'}")
+        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        answers: list[Answered] = []
+
+        async def job() -> None:
+            answers.append(await self.supervisor.ask(request, expect))
+            if not asked.done():
+                asked.set_result(None)
+
+        self._asked.add(asked)
+        self._jobs.put_nowait(job)
+        await asked
+        self._asked.discard(asked)
+        return answers[0]
+
+    def _applied(
+        self,
+        deltas: list[tuple[Key, tuple[int, int]]],
+        refused: list[tuple[Key, str]],
+    ) -> ev.Applied:
+        return ev.Applied(
+            _counts(self.now.applied), self.now.fingerprint, tuple(deltas), tuple(refused)
+        )
+
+    def _moved(self, frontier: pipe.Frontier, fingerprint: pipe.Lanes) -> None:
+        self.now.applied = {Author(PeerId(peer), log): n for peer, log, n in frontier}
+        self.now.fingerprint = fingerprint
+
+    def _measured(self, value: float | None) -> None:
+        if value is None:
+            return
+        self.now.evaluation = value
+        if self.now.first_evaluation is None:
+            self.now.first_evaluation = value
+
+
+def _counts(applied: Mapping[Author, int]) -> Counts:
+    return tuple(sorted(applied.items()))
+
+
+def _key(item: pipe.Item) -> Key:
+    return Key(Author(PeerId(item.peer), item.log), item.number)

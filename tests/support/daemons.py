@@ -1,0 +1,139 @@
+"""Real daemons for tests: started, looked at, killed, brought back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from shoal.node import client
+from shoal.node.client import Client
+from shoal.node.errors import ConfigError
+from shoal.node.status import Status
+
+DIGITS = """
+[run]
+name = "digits"
+seed = 3
+turns = {turns}
+[task]
+name = "digits"
+[local]
+optimizer = {{ name = "adamw", lr = 3e-3 }}
+{pace}
+[exchange]
+update = {{ kind = "dense", levels = 3, momentum = 0.6, outer_lr = 0.7 }}
+[swarm]
+admission = "{admission}"
+min_peers = {peers}
+"""
+
+
+def run_file(
+    folder: Path,
+    *,
+    turns: int = 0,
+    peers: int = 4,
+    admission: str = "open",
+    pace: str = "turn_seconds = 1.0",
+) -> Path:
+    """Write a run of the digits task that trains gently, so that the machine stays usable."""
+    path = folder / "run.toml"
+    path.write_text(DIGITS.format(turns=turns, peers=peers, admission=admission, pace=pace))
+    return path
+
+
+@dataclass
+class Daemon:
+    """One daemon process, found again by its directory."""
+
+    directory: Path
+    argv: Sequence[str] = ()
+    prefix: Sequence[str] = ()
+    process: subprocess.Popen[bytes] | None = None
+    threads: int = 1
+    logs: list[Path] = field(default_factory=list)
+
+    def start(self, *argv: str) -> "Daemon":
+        """Start it with the given command line, or again with `start DIR`."""
+        command = argv or ("start", str(self.directory))
+        log = self.directory.with_name(f"{self.directory.name}.{len(self.logs)}.log")
+        self.logs.append(log)
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*self.prefix, sys.executable, "-m", "shoal.node.cli", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    def client(self) -> Client:
+        """Return a client of the daemon that this object started."""
+        found = client.from_file(self.directory)
+        assert found is not None, self.log()
+        return found
+
+    def status(self) -> Status | None:
+        """Return its status; None while it does not answer."""
+        assert self.process is None or self.process.poll() is None, self.log()
+        try:
+            return self.client().status()
+        except (ConfigError, AssertionError, msgspec.DecodeError, OSError):
+            return None
+
+    def wait(self, what: str, good: Callable[[Status], object], seconds: float = 60.0) -> Status:
+        """Wait until its status is as wanted."""
+        end = time.monotonic() + seconds
+        last = None
+        while time.monotonic() < end:
+            last = self.status()
+            if last is not None and good(last):
+                return last
+            time.sleep(0.2)
+        raise AssertionError(f"not {what} within {seconds} s: {last}\n{self.log()}")
+
+    def log(self) -> str:
+        """Return the end of its last log."""
+        if not self.logs or not self.logs[-1].exists():
+            return "no log"
+        return self.logs[-1].read_text(errors="replace")[-4000:]
+
+    def kill(self) -> None:
+        """Kill the daemon alone with -9; its worker must notice by itself."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> int:
+        """Let it end as by Ctrl-C; return its exit code."""
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(5)
+                raise AssertionError(f"did not end on SIGINT\n{self.log()}") from None
+        return self.process.returncode
+
+
+def agree(daemons: Sequence[Daemon], seconds: float = 60.0) -> str:
+    """Wait until all hold one model at one frontier; return the fingerprint."""
+    end = time.monotonic() + seconds
+    seen: list[tuple[str, str, int] | None] = []
+    while time.monotonic() < end:
+        states = [daemon.status() for daemon in daemons]
+        seen = [s and (s.fingerprint, s.frontier.hash, s.lag) for s in states]
+        if None not in seen and len(set(seen)) == 1 and seen[0] is not None and not seen[0][2]:
+            return seen[0][0]
+        time.sleep(0.3)
+    raise AssertionError(f"no agreement within {seconds} s: {seen}")
