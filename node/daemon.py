@@ -41,7 +41,6 @@ from shoal.node.journal import Journal
 from shoal.node.metrics import Counters
 from shoal.node.status import EventRow, PeerRow, State, Status, known
 from shoal.node.store import Store
-from shoal.node.supervisor import Supervisor, command, environment
 from shoal.node.traffic import SocketMeter
 from shoal.node.transport.grpc import Transport
 from shoal.node.transport.libp2p import Finder, FinderSettings
@@ -61,7 +60,7 @@ PORT = 7464
 
 
 async def serve(
-    options: Options, *, target: Path | None = None, address: str | Sequence[str] | None = None
+    options: Options, *, target: Path | None = None, addresses: Sequence[str] = ()
 ) -> int:
     """Found, join or resume a run and serve it until told to stop; return the exit code.
 
@@ -70,8 +69,7 @@ async def serve(
     if target is not None:
         place = await founding.start(target, options)
     else:
-        texts = [address] if isinstance(address, str) else list(address or ())
-        place = await founding.join(texts, options)
+        place = await founding.join(addresses, options)
     with place.home:
         return await Daemon(place, paused=options.paused).run()
 
@@ -108,11 +106,7 @@ class Daemon:
             limits=limits,
             advertise=[parse_bare(text) for text in place.config.advertise],
         )
-        self.supervisor = Supervisor(
-            command(),
-            env=environment(place.config.threads),
-            log=place.home.path / "worker.log",
-        )
+        self.supervisor = place.founder or founding.supervise(place.config, place.home)
         self.foreman = self._make_foreman()
         self.driver.links, self.driver.hands = self.transport, self.foreman
         self.discovery = Discovery(
@@ -173,7 +167,7 @@ class Daemon:
             initial=str(home.initial),
             checkpoint=str(home.checkpoint),
         )
-        return Foreman(
+        foreman = Foreman(
             self.supervisor,
             self.store,
             opening,
@@ -185,6 +179,17 @@ class Daemon:
             turned=self._turned,
             limits=self.place.limits,
         )
+        self._go_on(foreman.now)
+        return foreman
+
+    def _go_on(self, now: Progress) -> None:
+        """Let the totals of an earlier life of this peer go on."""
+        last = self.place.home.last_turn()
+        if isinstance(steps := last.get("steps"), int):
+            now.steps = steps
+        if isinstance(turn := last.get("turn"), int):
+            now.turn = turn
+        now.published_bytes = sum(each.size for each in self.store.records() if each.own)
 
     def _make_http(self) -> StatusServer:
         listen = parse_listen(self.place.config.status)
@@ -252,7 +257,7 @@ class Daemon:
         self.discovery.bootstrap(place.bootstrap)
         remembered = place.home.known_peers()
         self.discovery.recall(remembered)
-        alone = place.founded and not remembered
+        alone = place.founder is not None and not remembered
         addresses = self.transport.addresses
         self.driver.feed(ev.Start(addresses, self.transport.proof, alone))
         self.finder.announce(addresses)

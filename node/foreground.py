@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def local(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve(
-    args: argparse.Namespace, *, target: Path | None = None, address: str | None = None
+    args: argparse.Namespace, *, target: Path | None = None, addresses: Sequence[str] = ()
 ) -> int:
     """Run the daemon until it is told to stop; return its exit code."""
     import asyncio
@@ -79,4 +80,4 @@ def serve(
         new=getattr(args, "new", False),
         paused=args.paused,
     )
-    return asyncio.run(daemon.serve(options, target=target, address=address))
+    return asyncio.run(daemon.serve(options, target=target, addresses=addresses))

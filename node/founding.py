@@ -44,8 +44,8 @@ class Place:
     identity: Identity
     admission: Admission
     bootstrap: tuple[Address, ...] = ()
-    founded: bool = False
-    """The run was founded just now: nobody else can know of it."""
+    founder: Supervisor | None = None
+    """The worker that founded the run just now; without one others may know of the run already."""
 
     @property
     def limits(self) -> Limits:
@@ -69,6 +69,11 @@ def setup(run_file: RunFile, config: NodeConfig, who: Identity, where: Home) -> 
         allow_task=config.allow_task,
         directory=str(where.path),
     )
+
+
+def supervise(config: NodeConfig, where: Home) -> Supervisor:
+    """Return the supervisor of this peer's worker."""
+    return Supervisor(command(), env=environment(config.threads), log=where.path / "worker.log")
 
 
 async def start(target: Path, options: Options) -> Place:
@@ -159,37 +164,37 @@ async def _found(run_file: RunFile, place: Home, options: Options) -> Place:
     genesis.check_task(run_file, config.allow_task)
     config = _secret_for(run_file, config, place)
     who = place.identity(config)
-    founded = await _ask_worker(setup(run_file, config, who, place), config, place)
-    made = genesis.found(
-        founded.run,
-        parameters=founded.parameters,
-        layout=founded.layout,
-        initial_root=founded.initial_root,
-        initial_squares=int(founded.initial_squares, 16),
-        most=founded.most,
-        founder=who.peer,
-    )
-    admitted = _admission(made, config)
-    config.save(place.node_toml)
-    place.keep(made, founded_from=run_file)
-    return Place(
-        home=place, config=config, genesis=made, identity=who, admission=admitted, founded=True
-    )
-
-
-async def _ask_worker(what: pipe.Setup, config: NodeConfig, place: Home) -> pipe.Founded:
-    supervisor = Supervisor(
-        command(), env=environment(config.threads), log=place.path / "worker.log"
-    )
+    worker = supervise(config, place)
     try:
-        await supervisor.start()
-        return await supervisor.ask(pipe.Found(what), pipe.Founded)
+        await worker.start()
+        founded = await worker.ask(pipe.Found(setup(run_file, config, who, place)), pipe.Founded)
+        made = genesis.found(
+            founded.run,
+            parameters=founded.parameters,
+            layout=founded.layout,
+            initial_root=founded.initial_root,
+            initial_squares=int(founded.initial_squares, 16),
+            most=founded.most,
+            founder=who.peer,
+        )
+        admitted = _admission(made, config)
+        config.save(place.node_toml)
+        place.keep(made, founded_from=run_file)
     except WorkerDied as death:
         raise ConfigError(
             f"the run can't be founded: {death.reason}; see {place.path / 'worker.log'}"
         ) from None
-    finally:
-        await supervisor.stop()
+    except BaseException:
+        await worker.stop()
+        raise
+    return Place(
+        home=place,
+        config=config,
+        genesis=made,
+        identity=who,
+        admission=admitted,
+        founder=worker,
+    )
 
 
 def _secret_for(run_file: RunFile, config: NodeConfig, place: Home) -> NodeConfig:

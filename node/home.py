@@ -36,6 +36,8 @@ KNOWN_PEERS = 256
 METRICS_BYTES = 8 << 20
 """metrics.jsonl is rotated beyond this; one older file is kept."""
 _PEERS_BYTES = 4 << 20
+_LINE_BYTES = 4096
+"""More than one line of metrics.jsonl has."""
 _ASIDE = 1000
 
 
@@ -179,6 +181,17 @@ class Home:
         except OSError as error:
             self._metrics = None
             log.warning("metrics.jsonl not written", extra={"error": error.strerror})
+
+    def last_turn(self) -> dict[str, object]:
+        """Return the last line of metrics.jsonl, so that totals go on; empty when there is none."""
+        for name in ("metrics.jsonl", "metrics.jsonl.1"):
+            with suppress(OSError, ValueError, IndexError):
+                with (self.path / name).open("rb") as file:
+                    file.seek(max(0, file.seek(0, os.SEEK_END) - _LINE_BYTES))
+                    line = json.loads(file.read().splitlines()[-1])
+                if isinstance(line, dict):
+                    return line
+        return {}
 
     # ------------------------------------------------------------------ end
 

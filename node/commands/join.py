@@ -14,7 +14,12 @@ def register(subparsers: flags.Subparsers) -> None:
         "`shoal start DIR` resumes it later.",
         run,
     )
-    parser.add_argument("address", metavar="ADDRESS", help="/ip4/…/tcp/…/p2p/…/run/…")
+    parser.add_argument(
+        "addresses",
+        nargs="+",
+        metavar="ADDRESS",
+        help="/ip4/…/tcp/…/p2p/…/run/…; several of one run: the first that answers",
+    )
     flags.add_peer(parser)
 
 
@@ -22,4 +27,4 @@ def run(args: argparse.Namespace) -> int:
     """Serve until the daemon is stopped."""
     from shoal.node import foreground
 
-    return foreground.serve(args, address=args.address)
+    return foreground.serve(args, addresses=args.addresses)

@@ -205,3 +205,13 @@ def test_a_metrics_file_that_can_not_be_written_costs_the_line_only(tmp_path: Pa
     (tmp_path / "metrics.jsonl").mkdir()
     with Home(tmp_path) as home:
         home.write_turn({"turn": 1})
+
+
+def test_the_last_turn_is_found_again_also_after_rotation(tmp_path: Path) -> None:
+    with Home(tmp_path) as home:
+        assert home.last_turn() == {}
+        home.write_turn({"turn": 1, "steps": 30})
+        home.write_turn({"turn": 2, "steps": 60})
+        assert home.last_turn() == {"turn": 2, "steps": 60}
+        (tmp_path / "metrics.jsonl").rename(tmp_path / "metrics.jsonl.1")
+        assert home.last_turn() == {"turn": 2, "steps": 60}
