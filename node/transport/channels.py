@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import grpc
 import grpc.aio
 
 from shoal.gossip.limits import Limits
@@ -26,6 +27,8 @@ class Channel:
     found: dial.Found
     rpc: grpc.aio.Channel
     users: int = 0
+    ready: bool = False
+    """It was connected once: somebody answered a call."""
     used: float = 0.0
     dropped: bool = False
 
@@ -53,7 +56,7 @@ class Channels:
     @asynccontextmanager
     async def use(self, peer: PeerId, addresses: Sequence[Address]) -> AsyncIterator[Channel]:
         """Lend the channel to `peer`, opening one at `addresses` if need be; raises PeerError."""
-        channel = self._open.get(peer) or await self._shared(peer, addresses)
+        channel = self._living(peer) or await self._shared(peer, addresses)
         channel.users += 1
         try:
             yield channel
@@ -63,11 +66,26 @@ class Channels:
             if channel.dropped and not channel.users:
                 await channel.rpc.close()
 
+    def _living(self, peer: PeerId) -> Channel | None:
+        """Return the open channel to `peer`; one that lost its connection is dropped.
+
+        gRPC would connect it again, but to whom? A peer that came back has another TLS key.
+        """
+        channel = self._open.get(peer)
+        if channel is None:
+            return None
+        if channel.ready and channel.rpc.get_state() is not grpc.ChannelConnectivity.READY:
+            self.drop(channel)
+            return None
+        return channel
+
     def drop(self, channel: Channel) -> None:
         """Open a new one next time: the peer is gone, or came back with another key."""
         if self._open.get(channel.peer) is channel:
             del self._open[channel.peer]
         channel.dropped = True
+        if not channel.users:
+            self._spawn(self._shut(channel))
 
     async def sweep(self) -> None:
         """Close what nobody used for `Limits.channel_idle`."""
@@ -107,5 +125,11 @@ class Channels:
         await self._close(min(idle, key=lambda each: each.used))
 
     async def _close(self, channel: Channel) -> None:
-        self.drop(channel)
+        if self._open.get(channel.peer) is channel:
+            del self._open[channel.peer]
+        channel.dropped = True
         await channel.rpc.close()
+
+    async def _shut(self, channel: Channel) -> Channel:
+        await channel.rpc.close()
+        return channel

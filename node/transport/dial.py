@@ -147,10 +147,12 @@ async def _certificate(host: str, port: int) -> bytes:
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_connection(
-        asyncio.Protocol, host, port, ssl=context, server_hostname=SERVER_NAME
-    )
+    tcp = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        transport = await _start_tls(tcp, host, port, context)
+    except BaseException:
+        tcp.close()
+        raise
     try:
         session = transport.get_extra_info("ssl_object")
         certificate = session.getpeercert(binary_form=True)
@@ -159,3 +161,18 @@ async def _certificate(host: str, port: int) -> bytes:
         return bytes(certificate)
     finally:
         transport.abort()
+
+
+async def _start_tls(
+    tcp: socket.socket, host: str, port: int, context: ssl.SSLContext
+) -> asyncio.Transport:
+    loop = asyncio.get_running_loop()
+    tcp.setblocking(False)
+    await loop.sock_connect(tcp, (host, port))
+    try:
+        transport, _ = await loop.create_connection(
+            asyncio.Protocol, sock=tcp, ssl=context, server_hostname=SERVER_NAME
+        )
+    except ConnectionError:
+        raise OSError(0, "it closed the connection during TLS; is it Shoal's port?") from None
+    return transport

@@ -61,6 +61,18 @@ _REASONS = {
     grpc.StatusCode.OUT_OF_RANGE: "truncated",
 }
 
+_FINAL = {
+    "another run",
+    "certificate",
+    "malformed",
+    "no TLS 1.3",
+    "not admitted",
+    "refused",
+    "self",
+    "wrong peer",
+}
+"""Why dialling the same address again is of no use."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinkView:
@@ -201,7 +213,8 @@ class Transport:
             dialling.cancel()
         self._mail.pop(peer, None)
         if link := self._links.get(peer):
-            self._take_down(link, reason)
+            # The owner is in the middle of its effects: it hears of this one after them.
+            self._take_down(link, reason, later=True)
             link.stream.close(reason)
 
     def send(self, peer: PeerId, message: Message) -> None:
@@ -245,7 +258,7 @@ class Transport:
             if error.reason == "crossed" and await self._appears(peer):
                 return
             if peer not in self._links:
-                self._tell_down(peer, str(error))
+                self._tell_down(peer, _for_people(error))
 
     async def _open_link(self, peer: PeerId) -> None:
         async with self._channels.use(peer, self._known.get(peer, ())) as channel:
@@ -281,6 +294,7 @@ class Transport:
             raise PeerError("timeout", "connected, but it did not say Hello") from None
         if first is None:
             raise PeerError("refused", "it closed the link at once")
+        channel.ready = True
         hello = wire.decode_hello(first)
         if refusal := self._judge(channel.peer, hello):
             raise PeerError("refused", refusal)
@@ -435,7 +449,7 @@ class Transport:
                 break
         return None
 
-    def _take_down(self, link: Link, reason: str) -> None:
+    def _take_down(self, link: Link, reason: str, *, later: bool = False) -> None:
         if link.down:
             return
         link.down = True
@@ -443,7 +457,10 @@ class Transport:
             del self._links[link.peer]
         link.wake()
         log.info("link down", extra={"peer": peer_text(link.peer), "reason": reason})
-        self._tell_down(link.peer, reason)
+        if later:
+            asyncio.get_running_loop().call_soon(self._tell_down, link.peer, reason)
+        else:
+            self._tell_down(link.peer, reason)
 
     def _tell_down(self, peer: PeerId, reason: str) -> None:
         if not self._stopped:
@@ -528,6 +545,7 @@ class Transport:
             if failure.reason in {"unreachable", "timeout"}:
                 self._channels.drop(channel)
             raise failure from None
+        channel.ready = True
         return answer
 
     async def _serve_deliver(self, peer: PeerId, request: bytes, context: Context) -> bytes:
@@ -566,6 +584,7 @@ class Transport:
             try:
                 while left:
                     chunk = await self._chunk(call)
+                    channel.ready = True
                     if chunk is None:
                         self._blame(peer, "truncated")
                         raise PeerError("truncated", f"{left} bytes are missing")
@@ -788,10 +807,19 @@ def _now() -> float:
 
 
 def _told(error: grpc.aio.AioRpcError) -> PeerError:
-    """Return what a failed call says; the text may be the other end's, so it is cut and cleaned."""
-    reason = _REASONS.get(error.code(), "unreachable")
-    text = "".join(c for c in (error.details() or "") if c.isprintable())[:300]
-    return PeerError(reason, f"{reason}: {text}" if text else reason)
+    return _failure(error.code(), error.details())
+
+
+def _failure(code: grpc.StatusCode, details: str | None) -> PeerError:
+    """Return what a status says; its text may be the other end's, so it is cut and cleaned."""
+    reason = _REASONS.get(code, "unreachable")
+    text = "".join(c for c in (details or "") if c.isprintable())[:300]
+    return PeerError(reason, text or reason)
+
+
+def _for_people(error: PeerError) -> str:
+    """Return why a dial failed; it begins with "refused" when trying again is of no use."""
+    return f"{'refused' if error.reason in _FINAL else error.reason}: {error}"
 
 
 async def _read_call(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> bytes | None:
@@ -801,10 +829,9 @@ async def _read_call(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> bytes |
             return frame
         if await call.code() is grpc.StatusCode.OK:
             return None
-        text = await call.details()
+        raise _failure(await call.code(), await call.details())
     except grpc.aio.AioRpcError as error:
         raise _told(error) from None
-    raise PeerError(_REASONS.get(await call.code(), "unreachable"), str(text)[:300])
 
 
 async def _write_call(call: "grpc.aio.StreamStreamCall[bytes, bytes]", frame: bytes) -> None:
