@@ -133,7 +133,7 @@ class PeerRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     me: bool = False
     state: str = "alive"
-    """alive, suspect, failed or left: SWIM's view of it."""
+    """alive, suspected, failed or left: SWIM's view of it."""
     standing: str = ""
     """What it says it does: joining, training, paused, finished, observing, degraded."""
     neighbour: bool = False

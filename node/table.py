@@ -138,7 +138,7 @@ def _peers(status: Status, peers: Sequence[PeerRow]) -> "Table":
 
 
 def _style(state: str) -> str:
-    return {"alive": "", "suspect": "yellow", "failed": "red", "left": "dim"}.get(state, "")
+    return {"alive": "", "suspected": "yellow", "failed": "red", "left": "dim"}.get(state, "")
 
 
 # ---------------------------------------------------------------- N daemons of one machine

@@ -1,0 +1,171 @@
+"""A run rehearsed in one process: every peer really trains, on the simulator's network and clock.
+
+The cores, the turns, the codecs and the ledgers are the ones that daemons use; only sockets, disks
+and signatures are simulated. The same seed gives the same trace and the same models.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.gossip.names import Key, RunId, digest
+from shoal.gossip.records import Report, Standing, Update
+from shoal.gossip.run import Run
+from shoal.node.config import canonical
+from shoal.node.errors import ConfigError
+from shoal.node.simulate import (
+    Arrived,
+    Delta,
+    Network,
+    Simulator,
+    SimWorker,
+    Turned,
+    fake_peer,
+)
+from shoal.training import exchange
+from shoal.training.run import RunError, RunSpec
+from shoal.training.trainer import Founding, Setup, Trainer
+from shoal.training.turn import TrainingError
+
+STEP_SECONDS = 0.05
+"""Simulated seconds of a local step; each peer is up to a quarter slower or faster."""
+
+
+@dataclass(slots=True)
+class TrainingWorker:
+    """A worker of the simulator that holds a real `Trainer`."""
+
+    trainer: Trainer
+    pace: float
+    """Simulated seconds of a step."""
+    last: Report = field(default_factory=Report)
+    steps: int = 0
+    published: int = 0
+    """Payload bytes."""
+    first_evaluation: float | None = None
+
+    def fingerprint(self) -> Delta:
+        """Return the model's fingerprint."""
+        return self.trainer.fingerprint()
+
+    def apply(
+        self, updates: Sequence[Arrived], *, sign: int
+    ) -> tuple[list[tuple[Key, Delta]], list[tuple[Key, str]]]:
+        """Take updates in (sign +1) or out (-1)."""
+        arrived = [_arrived(record.statement, payload) for record, payload in updates]
+        act = self.trainer.apply if sign > 0 else self.trainer.subtract
+        outcomes = zip(updates, act(arrived), strict=True)
+        named = [(_key(record.statement), outcome) for (record, _), outcome in outcomes]
+        refused = [(key, outcome.refused) for key, outcome in named if outcome.refused is not None]
+        return [(key, outcome.delta) for key, outcome in named], refused
+
+    def turn(self, turn: int, members: float) -> Turned:
+        """Train one turn for real; how long it takes is simulated."""
+        try:
+            turned = self.trainer.turn(turn, members)
+        except (RunError, TrainingError) as error:
+            raise ConfigError(str(error)) from error
+        self.steps += turned.steps
+        self.published += len(turned.payload or b"")
+        if self.first_evaluation is None:
+            self.first_evaluation = turned.evaluation
+        self.last = Report(
+            turn=turn, steps=self.steps, loss=turned.loss, evaluation=turned.evaluation
+        )
+        return Turned(turned.kind, turned.payload, self.last, self.pace * turned.steps)
+
+    def commit(self, log: int, number: int) -> None:
+        """The turn's update got this number."""
+        self.trainer.commit(log, number)
+
+    def discard(self) -> None:
+        """The turn's update is not published."""
+        self.trainer.discard()
+
+    def evaluate(self) -> float:
+        """Return the task's measure of the shared model as it is now."""
+        return self.trainer.evaluate()
+
+
+def _key(update: object) -> Key:
+    assert isinstance(update, Update)
+    return Key(update.author, update.number)
+
+
+def _arrived(update: object, payload: bytes | None) -> exchange.Arrived:
+    assert isinstance(update, Update)
+    key = (update.author.peer, update.author.log, update.number)
+    return exchange.Arrived(key, update.turn, update.kind, payload, update.size)
+
+
+class _Workers:
+    """Makes the peers' workers; the initial model is made once."""
+
+    def __init__(self, spec: RunSpec, peers: int, *, data: str | None, allow: str | None) -> None:
+        self._spec, self._peers, self._data, self._allow = spec, peers, data, allow
+        self._initial: bytes | None = None
+        self.founding: Founding | None = None
+
+    def __call__(self, simulator: Simulator, index: int) -> SimWorker:
+        """Return the worker of peer `index`."""
+        trainer = self.trainer(fake_peer(index, simulator.seed), index)
+        pace = STEP_SECONDS * random.Random(f"{simulator.seed}/pace/{index}").uniform(0.75, 1.25)
+        return TrainingWorker(trainer, pace)
+
+    def trainer(self, peer: bytes, index: int) -> Trainer:
+        """Return a trainer with the run's initial model."""
+        setup = Setup(
+            run=self._spec,
+            peer=peer,
+            data=self._data,
+            shard=(index, self._peers),
+            threads=1,
+            allow_task=self._allow,
+        )
+        # Real time would make the number of steps, and so the trace, differ from run to run.
+        trainer = Trainer(setup, initial=self._initial, clock=lambda: 0.0)
+        self._initial = self._initial or trainer.initial_bytes()
+        return trainer
+
+    def found(self) -> Founding:
+        """Try the run as a founder does."""
+        return self.trainer(fake_peer(0), 0).founding()
+
+
+def rehearse(
+    tables: Mapping[str, Any],
+    peers: int,
+    *,
+    seed: int,
+    network: Network,
+    data: str | None = None,
+    allow_task: str | None = None,
+) -> Simulator:
+    """Return a simulator of `peers` that train this run; raises ConfigError."""
+    try:
+        spec = RunSpec.parse(tables, allow_task=allow_task)
+        workers = _Workers(spec, peers, data=data, allow=allow_task)
+        founding = workers.found()
+    except RunError as error:
+        raise ConfigError(str(error)) from error
+    if not spec.local.steps:
+        raise ConfigError(
+            "turn_seconds follows the clock, which a simulation has not: set local.steps instead"
+        )
+    run = Run(
+        RunId(digest(canonical(founding.run))),
+        turns=spec.run.turns,
+        min_peers=spec.swarm.min_peers,
+        participation=spec.exchange.participation,
+        pace=spec.exchange.pace,
+        topology=spec.swarm.topology,
+        most_bytes=founding.most_bytes,
+    )
+    return Simulator(peers, run, seed=seed, network=network, workers=workers)
+
+
+def done(simulator: Simulator) -> bool:
+    """Return whether every living peer is finished and holds what all hold."""
+    standing = {peer.core.membership.standing for peer in simulator.living()}
+    return standing == {Standing.FINISHED} and simulator.converged()

@@ -1,0 +1,85 @@
+"""`shoal simulate`: real training on a simulated network."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoal.node import cli, rehearsal
+from shoal.node.errors import ConfigError
+from shoal.node.simulate import Fault, Network
+from shoal.node.swarm import adapt, read_run
+
+pytestmark = pytest.mark.sim
+
+
+def simulated(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, object]:
+    assert cli.main(["simulate", "digits", "--json", *flags]) == 0
+    answer: dict[str, object] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def test_peers_learn_together_and_end_with_one_model(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = simulated(capsys, "--peers", "4", "--turns", "8")
+    assert summary["equal"]
+    assert summary["updates"] == 32
+    assert summary["evaluation"] > 0.7 > summary["first_evaluation"]  # accuracy of ten classes
+
+
+def test_the_same_seed_gives_the_same_trace_and_model(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--peers", "3", "--turns", "2", "--loss", "0.1")
+    first, again = simulated(capsys, *flags), simulated(capsys, *flags)
+    other = simulated(capsys, *flags, "--seed", "1")
+    assert first == again
+    assert other["trace"] != first["trace"]
+
+
+def test_fake_peers_need_no_training(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = simulated(capsys, "--fake", "--peers", "8", "--turns", "3")
+    assert summary["equal"]
+    assert summary["updates"] == 24
+    assert summary["evaluation"] is None
+
+
+def test_a_peer_whose_worker_starts_anew_holds_the_same_model() -> None:
+    """Everything is applied again from the log: sums do not depend on when."""
+    tables = adapt(read_run("digits"), peers=3, turns=4)
+    simulator = rehearsal.rehearse(tables, 3, seed=5, network=Network(duplicate=0.1))
+    for fault in Fault.kill_worker(peer=1, at=1.0, to=2.0):
+        simulator._push(fault.at, fault.peer, fault)
+    assert simulator.run(300.0, rehearsal.done)
+    prints = {peer.worker.fingerprint() for peer in simulator.living()}
+    assert len(prints) == 1
+    assert {peer.worker.trainer.recompute() for peer in simulator.living()} == prints
+
+
+def test_a_run_that_follows_the_clock_cannot_be_simulated() -> None:
+    tables = adapt(read_run("digits"), peers=2, turns=1)
+    tables["local"] = {**tables["local"], "steps": 0, "turn_seconds": 1.0}
+    with pytest.raises(ConfigError, match=r"local\.steps"):
+        rehearsal.rehearse(tables, 2, seed=0, network=Network())
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ('[run]\nname = "x"\n[task]\nname = "digits"\n[local]\nsteps = 1\n', "--turns"),
+        ('[run]\nname = "x"\nturns = 1\n[task]\nname = "digit"\n', "digits"),
+        ('[run]\nname = "x"\nturns = 1\n[task]\nname = "digits"\nalhpa = 1.0\n', "alpha"),
+    ],
+)
+def test_a_wrong_run_file_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, change: str, remedy: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(change)
+    assert cli.main(["simulate", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert remedy in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("loss", ["1", "-0.1", "x", "nan"])
+def test_a_share_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], loss: str) -> None:
+    assert cli.main(["simulate", "digits", "--loss", loss]) == 2
+    assert "--loss" in capsys.readouterr().err
