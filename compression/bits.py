@@ -51,6 +51,12 @@ def unpack(data: bytes, count: int, width: int) -> NDArray[np.int64]:
         )
     if width == 8:
         return np.frombuffer(data, np.uint8).astype(np.int64)
+    if width == 4:
+        pairs = np.frombuffer(data, np.uint8)
+        nibbles = np.stack((pairs & 15, pairs >> 4), axis=1).reshape(-1)
+        if nibbles[count:].any():
+            raise PayloadError("padding is not zero")
+        return nibbles[:count].astype(np.int64)
     planes = unpack_bits(data, count * width).reshape(count, width)
     return planes.astype(np.int64) @ (1 << np.arange(width, dtype=np.int64))
 

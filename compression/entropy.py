@@ -152,8 +152,8 @@ def _descend(reader: bits.Reader, count: int, lengths: NDArray[np.int64]) -> Sym
     # In a canonical tree the leaves of a depth stand before its inner nodes, so a node is its
     # number v within the depth: a leaf if v < leaves, else inner node v - leaves, with children
     # 2(v - leaves) and 2(v - leaves) + 1.
-    inner = np.zeros(count, np.int32)
-    nodes: list[NDArray[np.int32]] = []
+    inner = np.zeros(count, np.int16)
+    nodes: list[NDArray[np.int16]] = []
     leaves: list[Symbols] = []
     for depth in range(1, int(lengths.max()) + 1):
         bit = bits.unpack_bits(reader.take(bits.packed_bytes(len(inner), 1)), len(inner))

@@ -48,6 +48,7 @@ class Task(Protocol):
 
     Optional members: `evaluate(model, *, thorough) -> float`, the measure on held-out data (called
     before every few turns, so be quick unless `thorough`);
+    `unit: str`, what the measure is in, for people;
     `matrices(model) -> Iterable[str]`, the parameters that Muon takes; `sample(model, prompt,
     length, generator) -> str`.
     """

@@ -134,6 +134,11 @@ class Trainer:
         return self._parameters.layout.size
 
     @property
+    def unit(self) -> str:
+        """Return what the task measures in, such as "bits per byte"; empty if it does not say."""
+        return str(getattr(self._task, "unit", ""))
+
+    @property
     def model(self) -> nn.Module:
         """Return the model; between turns its values are those that the last turn left."""
         return self._model
@@ -338,7 +343,10 @@ class Trainer:
         except ValueError as error:
             raise SettingError(str(error)) from error
         if not bool(self._initial_D.any()):
-            raise SettingError("the initial model is all zeros, so exchange.clip allows nothing")
+            raise SettingError(
+                "the initial model is all zeros, and exchange.clip is a multiple of its size; "
+                "let it start from small random values"
+            )
         return self._initial_D
 
     def _rules(self) -> Rules:

@@ -23,6 +23,8 @@ HELD_OUT = 5
 class Digits:
     """Classify digits; the measure is the accuracy on held-out images."""
 
+    unit = "accuracy"
+
     def __init__(self, place: Place, *, width: int = 64, alpha: float = 0.0) -> None:
         """`alpha`: Dirichlet(α) label skew between shards (0.1 is harsh); 0 deals evenly."""
         if width < 1 or alpha < 0:

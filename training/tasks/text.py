@@ -46,6 +46,8 @@ class Model:
 class Text:
     """Predict the next byte; loss and measure are bits per byte."""
 
+    unit = "bits per byte"
+
     def __init__(
         self, place: Place, *, model: Model = Model(), evaluation_windows: int = 128
     ) -> None:
