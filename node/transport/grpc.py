@@ -12,8 +12,8 @@ import os
 import socket
 import urllib.parse
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -332,7 +332,7 @@ class Transport:
         )
         self._hosts[host] += 1
         try:
-            await context.write(wire.encode_hello(self._hello()))
+            await _write_context(context, wire.encode_hello(self._hello()))
             self._learn(peer, host, hello)
             await _first_of(self._run(stream), ended.wait())
         finally:
@@ -653,10 +653,12 @@ class Transport:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many transfers at once")
         self._serving[peer] += 1
         try:
-            for start in range(offset, len(data), self.limits.chunk_bytes):
-                chunk = bytes(data[start : start + self.limits.chunk_bytes])
-                await context.write(chunk)
-                self.bytes_out[kind] += len(chunk)
+            # Whoever went away in the middle comes back for the rest.
+            with suppress(PeerError):
+                for start in range(offset, len(data), self.limits.chunk_bytes):
+                    chunk = bytes(data[start : start + self.limits.chunk_bytes])
+                    await _write_context(context, chunk)
+                    self.bytes_out[kind] += len(chunk)
         finally:
             self._serving[peer] -= 1
             if not self._serving[peer]:
@@ -708,15 +710,28 @@ class Transport:
         )
 
     async def _guarded_link(self, _: object, context: Context) -> None:
-        await self._serve_link(await self._enter(context), context)
+        with self._loud():
+            await self._serve_link(await self._enter(context), context)
 
     def _guarded(
         self, serve: Callable[[PeerId, bytes, Context], Awaitable[T]]
     ) -> Callable[[bytes, Context], Coroutine[Any, Any, T]]:
         async def guarded(request: bytes, context: Context) -> T:
-            return await serve(await self._enter(context), request, context)
+            with self._loud():
+                return await serve(await self._enter(context), request, context)
 
         return guarded
+
+    @contextmanager
+    def _loud(self) -> Iterator[None]:
+        """Let our own bugs in what serves a call out of gRPC, which would only log them."""
+        try:
+            yield
+        except (grpc.aio.AbortError, PeerError):
+            raise
+        except Exception as error:
+            _crash(error)
+            raise
 
     async def _enter(self, context: Context) -> PeerId:
         """Return who calls. On every call: old connections outlive a ban."""
@@ -758,9 +773,7 @@ class Transport:
         self._tasks.discard(task)
         if task.cancelled() or isinstance(task.exception(), PeerError | None):
             return
-        # Our own bug: loud, and the daemon's exception handler decides.
-        text = "the transport failed"
-        task.get_loop().call_exception_handler({"message": text, "exception": task.exception()})
+        _crash(task.exception())
 
 
 async def fetch_genesis(
@@ -800,6 +813,12 @@ async def fetch_genesis(
     if bytes(digest(genesis)) != bytes(address.run):
         raise PeerError("hash", "the genesis that it sent is not this run's: ask another member")
     return genesis
+
+
+def _crash(error: BaseException | None) -> None:
+    """Our own bug: loud; the daemon's exception handler decides."""
+    context = {"message": "the transport failed", "exception": error}
+    asyncio.get_running_loop().call_exception_handler(context)
 
 
 def _now() -> float:

@@ -749,12 +749,43 @@ async def test_a_bad_answer_to_a_call_is_dropped() -> None:
     async def garbage(peer: PeerId, request: bytes, context: object) -> bytes:
         return b"\xff garbage"
 
-    b._serve_deliver = garbage  # type: ignore[method-assign,assignment]
+    b._serve_deliver = garbage  # type: ignore[method-assign]
     async with running(a, b):
         a.know(b.peer, b.addresses)
         a.send(b.peer, m.Ping(1))
         await until(lambda: a.owner.of("bad"))
         assert a.owner.events == [("bad", b.peer, "malformed")]
+
+
+def test_our_own_bug_reaches_the_loop_s_exception_handler_at_either_end() -> None:
+    class Broken(Owner):
+        def on_message(self, peer: PeerId, message: m.Message) -> Sequence[m.Message]:
+            raise ZeroDivisionError
+
+    @on_a_loop
+    async def test() -> None:
+        a, b = node(), node()
+        b.handler = Broken()
+        failures: list[object] = []
+        loop = asyncio.get_running_loop()
+        before = loop.get_exception_handler()
+        loop.set_exception_handler(lambda _, context: failures.append(context["exception"]))
+        async with running(a, b):
+            a.know(b.peer, b.addresses)
+            a.send(b.peer, m.Ping(1))
+            await until(lambda: len(failures) == 1)
+            await link(a, b)
+            a.send(b.peer, m.Ping(1))
+            await until(lambda: len(failures) == 2)
+            await until(lambda: not a.links())
+            b.connect(a.peer, a.addresses)
+            await linked(a, b)
+            a.send(b.peer, m.Ping(1))
+            await until(lambda: len(failures) == 3)
+        assert all(isinstance(each, ZeroDivisionError) for each in failures)
+        loop.set_exception_handler(before)
+
+    test()
 
 
 # ---------------------------------------------------------------- transfers
@@ -850,7 +881,7 @@ async def test_a_transfer_without_progress_times_out() -> None:
     async def forever(peer: PeerId, request: bytes, context: object) -> None:
         await asyncio.sleep(60)
 
-    b._serve_pull = forever  # type: ignore[method-assign,assignment]
+    b._serve_pull = forever  # type: ignore[method-assign]
     async with running(a, b):
         a.know(b.peer, b.addresses)
         with pytest.raises(PeerError) as caught:
@@ -864,17 +895,15 @@ async def test_one_peer_can_not_take_all_transfers() -> None:
     data = bytes(30 << 20)
     b.owner.payloads[digest(data)] = data
     async with running(b), raw(b, OPEN.credentials(who)) as channel:
-        calls = []
-        for _ in range(2):
-            call: grpc.aio.UnaryStreamCall[bytes, bytes] = channel.unary_stream(f"/{SERVICE}/Pull")(
-                wire.encode_pull(digest(data), 0)
-            )
-            assert await call.read()
-            calls.append(call)
-        more: grpc.aio.UnaryStreamCall[bytes, bytes] = channel.unary_stream(f"/{SERVICE}/Pull")(
-            wire.encode_pull(digest(data), 0)
+        pull: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
+            f"/{SERVICE}/Pull"
         )
-        assert (await outcome(more.read()))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        request = wire.encode_pull(digest(data), 0)
+        calls = [pull(request), pull(request)]
+        for call in calls:
+            assert await call.read()
+        code, _ = await outcome(pull(request).read())
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         for call in calls:
             call.cancel()
         await until(lambda: not b._serving)
@@ -1047,36 +1076,22 @@ async def child(*dial: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, A
 
 
 @pytest.mark.real
-def test_a_frozen_peer_on_an_idle_link_is_noticed() -> None:
-    @on_a_loop
-    async def test() -> None:
-        a = node(limits=Limits())
-        async with running(a), child() as (process, address):
-            assert address.peer is not None
-            a.connect(address.peer, [str(address.bare())])
-            await until(lambda: a.links())
-            await asyncio.sleep(1.0)
-            process.send_signal(signal.SIGSTOP)
-            began = time.monotonic()
-            await until(lambda: a.owner.of("down"), seconds=12)
-            assert time.monotonic() - began < 8
-
-    test()
-
-
-@pytest.mark.real
-def test_a_frozen_peer_that_dialled_is_noticed() -> None:
+def test_frozen_peers_on_idle_links_are_noticed_by_either_end() -> None:
     @on_a_loop
     async def test() -> None:
         a = node(limits=Limits())
         async with running(a):
-            address = str(a.address.of(a.peer))
-            async with child(address) as (process, _):
-                await until(lambda: a.links(), seconds=10)
+            own = str(a.address.of(a.peer))
+            async with child() as (dialled, address), child(own) as (dialler, _):
+                assert address.peer is not None
+                a.connect(address.peer, [str(address.bare())])
+                await until(lambda: len(a.links()) == 2, seconds=10)
+                assert {view.dialled for view in a.links()} == {True, False}
                 await asyncio.sleep(1.0)
-                process.send_signal(signal.SIGSTOP)
+                for process in (dialled, dialler):
+                    process.send_signal(signal.SIGSTOP)
                 began = time.monotonic()
-                await until(lambda: a.owner.of("down"), seconds=12)
+                await until(lambda: len(a.owner.of("down")) == 2, seconds=12)
                 assert time.monotonic() - began < 8
 
     test()
