@@ -9,6 +9,7 @@ from shoal.compression import bits, entropy
 from shoal.compression.codec import PayloadError
 
 
+@settings(deadline=None)
 @given(width=st.integers(1, 32), data=st.data())
 def test_packed_integers_come_back(width: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(0, 2**width - 1), max_size=50))
@@ -27,6 +28,7 @@ def test_padding_that_is_not_zero_is_refused() -> None:
         bits.unpack(bytes([0b1000_0001]), 1, 3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=200), st.integers(0, 10))
 def test_rice_codes_come_back_and_are_canonical(values: list[int], b: int) -> None:
     array = np.array(values, np.int64)
