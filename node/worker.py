@@ -1,315 +1,36 @@
-"""The worker process: owns torch and one Trainer, answers the daemon's requests over a pipe.
+"""The worker process: started by the daemon, answers its requests over a pipe, dies with it.
 
-`python -m shoal.node.worker FD` – the daemon's child, never started by hand. It dies with the
-daemon: killed by the kernel where that is possible, and when the pipe closes. Whatever the user's
-code prints goes to stderr, which the daemon keeps as worker.log.
+`python -m shoal.node.worker FD PARENT` – never started by hand. It is killed by the kernel with the
+daemon where that is possible, and ends when the pipe closes. Whatever the user's code prints goes
+to stderr, which the daemon keeps as worker.log. Torch is imported only once all this holds, since
+that takes seconds; what the worker does is in node/duties.py.
 """
 
-import contextlib
 import ctypes
 import logging
-import math
 import os
 import select
 import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from shoal.compression.settings import SettingError
 from shoal.node import pipe
 from shoal.node.pipe import Blocking, PipeError
-from shoal.training import merkle
-from shoal.training.exchange import Arrived
-from shoal.training.run import RunError, RunSpec
-from shoal.training.trainer import CheckpointError, Setup, Trainer
-from shoal.training.turn import TrainingError
 
-log = logging.getLogger(__name__)
-
-CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints."""
-CHECKPOINT_SHARE = 0.02
-"""Largest share of the worker's time that checkpoints may take."""
 EXIT_CONFIG = 2
 EXIT_PIPE = 3
 _PR_SET_PDEATHSIG = 1
 
 
-class Worker:
-    """Answers requests, one at a time, with a Trainer that is built by the first of them."""
-
-    def __init__(self) -> None:
-        self._trainer: Trainer | None = None
-        self._setup: pipe.Setup | None = None
-        self._counts: dict[tuple[bytes, int], int] = {}
-        """How many updates of each (peer, log) the model holds."""
-        self._checkpoint: Path | None = None
-        self._pending = False
-        self._dirty = False
-        self._saved_at = time.monotonic()
-        self._saving_took = 0.0
-
-    def answer(
-        self, request: pipe.Request, body: memoryview
-    ) -> tuple[pipe.Answer, Sequence[pipe.Buffer]]:
-        """Do what is asked; return the answer and its body."""
-        payload: list[pipe.Buffer] = []
-        answer: pipe.Answer
-        match request:
-            case pipe.Found(setup):
-                answer = self._found(setup)
-            case pipe.Open():
-                answer = self._open(request)
-            case pipe.Apply(items):
-                answer = self._apply(items, body)
-            case pipe.Subtract(items):
-                answer = self._subtract(items, body)
-            case pipe.Reset():
-                answer = self._reset()
-            case pipe.Turn(turn, members):
-                answer, payload = self._turn(turn, members)
-            case pipe.Commit(own_log, number):
-                answer = self._commit(own_log, number)
-            case pipe.Discard():
-                answer = self._discard()
-            case pipe.Evaluate():
-                answer = pipe.Measured(_finite(self._ready().evaluate()))
-            case pipe.Recompute():
-                answer = self._done([], self._ready().recompute())
-            case pipe.Export(path, metadata):
-                self._ready().export(Path(path), metadata)
-                answer = pipe.Ready()
-            case pipe.Save() | pipe.Stop():
-                self._save()
-                answer = pipe.Ready()
-        return answer, payload
-
-    # ------------------------------------------------------------------ building
-
-    def _found(self, setup: pipe.Setup) -> pipe.Answer:
-        trainer = self._build(setup, None)
-        founding = trainer.founding()
-        return pipe.Founded(
-            parameters=founding.parameters,
-            layout=founding.layout_hash,
-            initial_root=founding.initial_root,
-            initial_squares=f"{founding.initial_squares:x}",
-            most=founding.most_bytes,
-            run=founding.run,
-        )
-
-    def _open(self, request: pipe.Open) -> pipe.Answer:
-        """Build the trainer; take the initial integers from the file, or from the seed."""
-        file = Path(request.initial)
-        given = file.read_bytes() if file.exists() else None
-        if given is not None and merkle.root_of(given) != request.initial_root:
-            file.unlink()
-            given = None
-        trainer = self._build(request.setup, given)
-        if (trainer.parameters, trainer.layout) != (request.parameters, request.layout):
-            raise RunError(
-                f"the task builds another model here ({trainer.parameters} parameters) than the "
-                f"run's ({request.parameters}): install the version of Shoal and of the task "
-                "that the founder uses"
-            )
-        integers = trainer.initial_bytes()
-        if merkle.root_of(integers) != request.initial_root:
-            self._trainer = None
-            return pipe.NeedInitial()
-        if given is None:
-            _write(file, integers)
-        note, kept = self._restore(request)
-        self._checkpoint = Path(request.checkpoint) if request.checkpoint else None
-        self._saved_at = time.monotonic()
-        trainer = self._ready()
-        return pipe.Opened(
-            frontier=self._frontier(),
-            fingerprint=trainer.fingerprint(),
-            device=_device_name(trainer),
-            kept=kept,
-            note=note,
-        )
-
-    def _build(self, setup: pipe.Setup, initial: bytes | None) -> Trainer:
-        spec = RunSpec.parse(setup.run, allow_task=setup.allow_task or None)
-        self._setup = setup
-        self._counts = {}
-        self._pending = self._dirty = False
-        made = Setup(
-            run=spec,
-            peer=setup.peer,
-            data=setup.data or None,
-            shard=setup.shard,
-            device=setup.device,
-            threads=setup.threads,
-            allow_task=setup.allow_task or None,
-            directory=Path(setup.directory) if setup.directory else None,
-        )
-        self._trainer = Trainer(made, initial=initial, clock=time.perf_counter)
-        return self._trainer
-
-    def _ready(self) -> Trainer:
-        if self._trainer is None:
-            raise PipeError("the run was not opened")
-        return self._trainer
-
-    # ------------------------------------------------------------------ the ledger
-
-    def _apply(self, items: Sequence[pipe.Item], body: memoryview) -> pipe.Answer:
-        outcomes = self._ready().apply(_arrived(items, body))
-        for item in items:
-            author = (item.peer, item.log)
-            self._counts[author] = max(self._counts.get(author, 0), item.number)
-        return self._done([pipe.Result(o.delta, o.refused) for o in outcomes])
-
-    def _subtract(self, items: Sequence[pipe.Item], body: memoryview) -> pipe.Answer:
-        outcomes = self._ready().subtract(_arrived(items, body))
-        for item in items:
-            author = (item.peer, item.log)
-            self._counts[author] = min(self._counts.get(author, 0), item.number - 1)
-        return self._done([pipe.Result(o.delta, o.refused) for o in outcomes])
-
-    def _reset(self) -> pipe.Answer:
-        trainer = self._ready()
-        trainer.exchange.restore(trainer.initial_bytes())
-        self._counts = {}
-        return self._done([])
-
-    def _done(
-        self, results: list[pipe.Result], fingerprint: pipe.Lanes | None = None
-    ) -> pipe.Answer:
-        trainer = self._ready()
-        self._dirty = self._dirty or bool(results)
-        return pipe.Done(
-            results=results,
-            frontier=self._frontier(),
-            fingerprint=fingerprint or trainer.fingerprint(),
-            out_of_range=trainer.out_of_range,
-        )
-
-    def _frontier(self) -> pipe.Frontier:
-        return sorted((*author, count) for author, count in self._counts.items() if count)
-
-    # ------------------------------------------------------------------ training
-
-    def _turn(self, turn: int, members: float) -> tuple[pipe.Answer, list[pipe.Buffer]]:
-        trainer = self._ready()
-        self._discard()
-        turned = trainer.turn(turn, members)
-        self._pending = turned.payload is not None
-        answer = pipe.Turned(
-            kind=turned.kind,
-            loss=_finite(turned.loss),
-            evaluation=_finite(turned.evaluation),
-            steps=turned.steps,
-            seconds=turned.seconds,
-            dropped=turned.dropped,
-            memory=_memory(trainer),
-        )
-        return answer, [] if turned.payload is None else [turned.payload]
-
-    def _commit(self, own_log: int, number: int) -> pipe.Answer:
-        """Let the pending update be published; without one (this process is new) do nothing."""
-        if self._pending:
-            self._ready().commit(own_log, number)
-            self._pending, self._dirty = False, True
-            self._save_now_and_then()
-        return pipe.Ready()
-
-    def _discard(self) -> pipe.Answer:
-        if self._pending:
-            self._ready().discard()
-            self._pending = False
-        return pipe.Ready()
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def _restore(self, request: pipe.Open) -> tuple[str, bool]:
-        """Take the checkpoint if it is one of a past of this log; return why not, and `kept`."""
-        path = Path(request.checkpoint)
-        if not request.checkpoint or not path.exists():
-            return "", False
-        trainer = self._ready()
-        try:
-            loaded = trainer.load(path, request.own)
-            counts = {(bytes.fromhex(p), log): n for p, log, n in loaded.frontier}
-        except (CheckpointError, ValueError, TypeError) as error:
-            return f"{error}", False
-        held = {(peer, log): count for peer, log, count in request.held}
-        if any(count > held.get(author, 0) for author, count in counts.items()):
-            self._build(request.setup, trainer.initial_bytes())
-            return "the checkpoint goes beyond the log", False
-        self._counts = counts
-        return "", loaded.kept
-
-    def _save_now_and_then(self) -> None:
-        wait = max(CHECKPOINT_SECONDS, self._saving_took / CHECKPOINT_SHARE)
-        if time.monotonic() - self._saved_at >= wait:
-            self._save()
-
-    def _save(self) -> None:
-        """Write the checkpoint; a pending update is taken back first, since no number has it."""
-        if self._trainer is None or self._checkpoint is None or not self._dirty:
-            return
-        self._discard()
-        began = time.monotonic()
-        frontier = [(peer.hex(), log, count) for peer, log, count in self._frontier()]
-        try:
-            self._checkpoint.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._trainer.save(self._checkpoint, frontier)
-            self._dirty = False
-        except OSError as error:  # the log is enough to start from
-            log.warning("no checkpoint: %s", error.strerror)
-        self._saved_at = time.monotonic()
-        self._saving_took = self._saved_at - began
-
-
-def _arrived(items: Sequence[pipe.Item], body: memoryview) -> list[Arrived]:
-    return [
-        Arrived((i.peer, i.log, i.number), i.turn, i.kind, payload, i.size)
-        for i, payload in zip(items, pipe.split(items, body), strict=True)
-    ]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _device_name(trainer: Trainer) -> str:
-    device: torch.device = trainer.exchange.ledger.model.device
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def _memory(trainer: Trainer) -> int:
-    device: torch.device = trainer.exchange.ledger.model.device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
-# ---------------------------------------------------------------- the process
-
-
 def failure(error: BaseException) -> pipe.Failed:
     """Return what to tell the daemon: the exception as one line, and whether to try again."""
+    from shoal.compression.settings import SettingError
+    from shoal.training.run import RunError
+    from shoal.training.turn import TrainingError
+
     text = " ".join(str(error).split())
     if isinstance(error, RunError | SettingError | TrainingError):
         return pipe.Failed(text, "config")
@@ -321,7 +42,9 @@ def failure(error: BaseException) -> pipe.Failed:
 
 def serve(link: Blocking) -> int:
     """Answer requests until the daemon stops this process or is gone; return the exit code."""
-    worker = Worker()
+    from shoal.node.duties import Duties
+
+    duties = Duties()
     while True:
         try:
             header, body = link.receive()
@@ -329,7 +52,7 @@ def serve(link: Blocking) -> int:
             return 0
         request = pipe.decode_request(header)
         try:
-            answer, payload = worker.answer(request, memoryview(body))
+            answer, payload = duties.answer(request, memoryview(body))
         except PipeError:
             raise
         except (Exception, KeyboardInterrupt) as error:
