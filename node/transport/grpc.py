@@ -749,7 +749,7 @@ class Transport:
     def _server_options(self) -> list[tuple[str, int]]:
         most = self.limits.message_bytes + SLACK
         return [
-            *dial.KEEPALIVE,
+            *dial.OPTIONS,
             ("grpc.server_handshake_timeout_ms", int(1000 * self.limits.handshake_timeout)),
             ("grpc.max_receive_message_length", most),
             ("grpc.max_send_message_length", most),
