@@ -392,6 +392,7 @@ class Daemon:
             loss=now.loss,
             evaluation=now.evaluation,
             first_evaluation=now.first_evaluation,
+            unit=now.unit,
             parameters=genesis.parameters,
             members=sum(m.state in ("alive", "suspected") for m in core.members()),
             neighbours=tuple(

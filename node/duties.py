@@ -118,6 +118,7 @@ class Duties:
             device=_device_name(trainer),
             kept=kept,
             note=note,
+            unit=trainer.unit,
         )
 
     def _build(self, setup: pipe.Setup, initial: bytes | None) -> Trainer:

@@ -38,6 +38,7 @@ class Progress:
     """What the worker said last; for status and reports."""
 
     device: str = ""
+    unit: str = ""
     memory: int = 0
     steps: int = 0
     """Local steps of this peer in this run, restarts of the worker included."""
@@ -164,7 +165,7 @@ class Foreman:
         assert isinstance(answer, pipe.Opened)
         if answer.note:
             log.warning("checkpoint not used", extra={"reason": answer.note})
-        self.now.device = answer.device
+        self.now.device, self.now.unit = answer.device, answer.unit
         self._moved(answer.frontier, answer.fingerprint)
         self._feed(ev.WorkerReady(_counts(self.now.applied), self.now.fingerprint))
 

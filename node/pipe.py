@@ -188,6 +188,8 @@ class Opened(msgspec.Struct, frozen=True, tag_field="is", tag="opened"):
     """Residual and momentum of the last own update live on."""
     note: str = ""
     """Why a checkpoint was not used, if one was there."""
+    unit: str = ""
+    """What the task's measure is in, for people."""
 
 
 class NeedInitial(msgspec.Struct, frozen=True, tag_field="is", tag="need initial"):

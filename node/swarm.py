@@ -284,9 +284,8 @@ class Swarm:
 
 
 def _is_up(status: Status | None) -> bool:
-    return (
-        status is not None and status.state is not State.JOINING and status.worker.pid is not None
-    )
+    # The fingerprint comes from the worker's model: a worker that states one can begin at once.
+    return status is not None and status.state is not State.JOINING and bool(status.fingerprint)
 
 
 def _spawn(argv: Sequence[str], out: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -72,12 +72,16 @@ def run(args: argparse.Namespace) -> int:
     from shoal.node.swarm import Swarm
 
     plan = make_plan(args)
-    with _terminating_is_interrupting(), Swarm(plan) as swarm:
-        print(f"{plan.peers} daemons in {plan.directory}", flush=True)
-        join = swarm.start()
-        print(f"join from another terminal:\n  {join_command(plan, join)}\n", flush=True)
-        rows, before, elapsed = _train(args, swarm)
-        model = _export(swarm)
+    try:
+        with _terminating_is_interrupting(), Swarm(plan) as swarm:
+            print(f"{plan.peers} daemons in {plan.directory}", flush=True)
+            join = swarm.start()
+            print(f"join from another terminal:\n  {join_command(plan, join)}\n", flush=True)
+            rows, before, elapsed = _train(args, swarm)
+            model = _export(swarm)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with any of them: shoal start {plan.directory}/peer-1")
+        raise
     if not any(rows):
         print(f"no daemon answers; the logs say why: {plan.directory}/peer-1.log")
         return 1
