@@ -88,6 +88,8 @@ from shoal.gossip.view import View
 
 CATCH_UP_PATIENCE = 20
 """A joiner that others have answered waits so many `join_patience` for what they hold."""
+LAST_WORD = 1.0
+"""Seconds in which an accused peer may read the proof before its link is closed."""
 ASK_AGAIN = 2.0
 """Seconds until an admission is asked for again."""
 PUBLISHING = (Standing.TRAINING,)
@@ -338,6 +340,8 @@ class Protocol:
                     self._lose_patience(now)
                 case "pull":
                     self._find_sources(Hash(whom))
+                case "shun":
+                    self.out.add(Disconnect(PeerId(whom), "equivocation", self.limits.ban))
                 case _:
                     pass  # "turn": `dispatch` looks anyway
 
@@ -350,7 +354,7 @@ class Protocol:
     # ------------------------------------------------------------ links
 
     def _on_link_up(self, peer: PeerId, admission: bytes, now: float) -> None:
-        if peer in self.accused or self.scores.banned(peer, now):
+        if self.scores.banned(peer, now):
             self.out.add(Disconnect(peer, "banned", self.limits.ban))
             return
         if self._too_many(peer):
@@ -359,6 +363,9 @@ class Protocol:
             return
         self._admit(peer, admission, now)
         if not self.neighbours.up(peer, now):
+            return
+        if peer in self.accused:
+            self._shun(peer)
             return
         self.dissemination.link_up(peer)
         self.repair.link_up(peer)
@@ -615,10 +622,17 @@ class Protocol:
         self.out.happened("equivocation", proof.author.peer, number=proof.number)
         self.arrivals.close(proof.author, proof.number)
         self.dissemination.forward(record, sender, set())
-        peer = proof.author.peer
-        if peer in self.neighbours.links and peer != self.me:
-            self.out.add(Disconnect(peer, "equivocation", self.limits.ban))
+        self._shun(proof.author.peer)
         return True
+
+    def _shun(self, peer: PeerId) -> None:
+        """Let the accused read the proof, then close the link: its owner may know of no theft."""
+        if peer not in self.neighbours.links or peer == self.me:
+            return
+        for record in self.view.proofs.values():
+            if isinstance(proof := record.statement, Proof) and proof.author.peer == peer:
+                self.out.push(peer, record)
+        self.timers.set("shun", self._now + LAST_WORD, peer)
 
     def _note_proof(self, record: Record, proof: Proof) -> bool:
         """Let the smallest number stand; say whether this proof is it."""

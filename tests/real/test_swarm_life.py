@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_a_swarm_lives_through_what_happens_to_swarms(swarm: Swarm) -> None:
     author = Author(identity.load(d.directory / "identity.key").peer, log_of(d))
     asyncio.run(tell_a_lie(d, parse_join(a.wait("up", bool).join[0]).run, through=a))
     for daemon in (a, b, c, e):
-        daemon.wait("knowing the proof", lambda s: knows_proof(daemon, author), 60)
+        daemon.wait("knowing the proof", partial(knows_proof, daemon, author), 60)
     d.wait("degraded", lambda s: s.state is State.DEGRADED and "two updates" in s.why, 60)
 
     # The bootstrap peer is gone for good; somebody else opens the door.
@@ -136,7 +137,7 @@ def log_of(daemon: Daemon) -> int:
     return int(json.loads((daemon.directory / "log" / "log.json").read_text())["log"], 16)
 
 
-def knows_proof(daemon: Daemon, author: Author) -> bool:
+def knows_proof(daemon: Daemon, author: Author, _: Status) -> bool:
     return any(
         event.what == "equivocation" and event.peer == identity.peer_text(author.peer)
         for event in daemon.client().events()

@@ -1,0 +1,92 @@
+"""Payloads are verified, resumed elsewhere, bounded, and never raise past the fetcher."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from shoal.gossip.events import Misbehaved, Pull, Pulled, PullFailed
+from shoal.gossip.limits import Limits
+from shoal.gossip.names import Hash, PeerId, digest
+from shoal.node.errors import PeerError
+from shoal.node.fetcher import Fetcher
+
+DATA = bytes(range(256)) * 40
+NAME = digest(DATA)
+HONEST, BROKEN, LIAR, SLOW, GENEROUS = (PeerId(bytes([i]) * 32) for i in range(1, 6))
+
+
+async def source(peer: PeerId, payload: Hash, size: int, offset: int) -> AsyncIterator[bytes]:
+    """Serve DATA in chunks, each peer in its own way."""
+    for start in range(offset, size, 1000):
+        if peer == BROKEN and start - offset >= 3000:
+            raise PeerError("unreachable", "gone")
+        if peer == SLOW:
+            await asyncio.sleep(60)
+        chunk = DATA[start : min(start + 1000, size)]
+        yield b"?" * len(chunk) if peer == LIAR else chunk
+    if peer == GENEROUS:
+        yield b"and more"
+
+
+def run(*peers: PeerId, limits: Limits | None = None) -> tuple[Fetcher, list[object], list[int]]:
+    heard: list[object] = []
+    offsets: list[int] = []
+
+    def pull(peer: PeerId, payload: Hash, size: int, offset: int) -> AsyncIterator[bytes]:
+        offsets.append(offset)
+        return source(peer, payload, size, offset)
+
+    fetcher = Fetcher(pull, heard.append, limits or Limits())
+
+    async def main() -> None:
+        for peer in peers:
+            await fetcher.fetch(Pull(peer, NAME, len(DATA)))
+
+    asyncio.run(main())
+    return fetcher, heard, offsets
+
+
+def test_a_whole_payload_is_handed_over_once() -> None:
+    fetcher, heard, _ = run(HONEST)
+    assert heard == [Pulled(NAME)]
+    assert fetcher.take(NAME) == DATA
+    assert fetcher.take(NAME) is None
+
+
+def test_the_next_source_goes_on_where_the_last_one_stopped() -> None:
+    fetcher, heard, offsets = run(BROKEN, HONEST)
+    assert heard == [PullFailed(BROKEN, NAME, "unreachable"), Pulled(NAME)]
+    assert offsets == [0, 3000]
+    assert fetcher.take(NAME) == DATA
+
+
+def test_a_wrong_payload_is_the_senders_fault_and_is_forgotten() -> None:
+    fetcher, heard, offsets = run(LIAR, HONEST)
+    assert heard == [Misbehaved(LIAR, "hash"), PullFailed(LIAR, NAME, "hash"), Pulled(NAME)]
+    assert offsets == [0, 0]
+    assert fetcher.take(NAME) == DATA
+
+
+def test_a_silent_source_times_out() -> None:
+    _, heard, _ = run(SLOW, limits=replace(Limits(), pull_timeout=0.05))
+    assert heard == [PullFailed(SLOW, NAME, "timeout")]
+
+
+def test_what_comes_beyond_the_declared_size_is_not_read() -> None:
+    fetcher, heard, _ = run(GENEROUS)
+    assert heard == [Pulled(NAME)]
+    assert fetcher.take(NAME) == DATA
+
+
+@pytest.mark.parametrize("extra", [1, 999])
+def test_a_chunk_that_oversteps_the_declared_size_is_refused(extra: int) -> None:
+    heard: list[object] = []
+
+    async def pull(peer: PeerId, payload: Hash, size: int, offset: int) -> AsyncIterator[bytes]:
+        yield DATA + b"x" * extra
+
+    fetcher = Fetcher(pull, heard.append, Limits())
+    asyncio.run(fetcher.fetch(Pull(HONEST, NAME, len(DATA))))
+    assert heard == [PullFailed(HONEST, NAME, "oversize")]
