@@ -1,7 +1,6 @@
 """Where peers listen: multiaddrs such as /ip4/203.0.113.5/tcp/7464/p2p/12D3KooW…; strict."""
 
 import ctypes
-import ctypes.util
 import ipaddress
 import re
 import socket
@@ -207,7 +206,7 @@ _Interface._fields_ = [
 
 def _getifaddrs() -> Iterator[str]:
     """Ask libc for the addresses of all interfaces; the standard library does not."""
-    libc = ctypes.CDLL(ctypes.util.find_library("c") or None, use_errno=True)
+    libc = ctypes.CDLL(None)
     head = ctypes.POINTER(_Interface)()
     if libc.getifaddrs(ctypes.byref(head)) != 0:
         return
