@@ -25,9 +25,8 @@ from shoal.gossip import protocol
 from shoal.gossip.names import Key, PeerId
 from shoal.gossip.records import Record, Report, Update
 from shoal.gossip.run import Held, Run
-from shoal.node import founding, pipe, status
+from shoal.node import founding, offline, pipe, status
 from shoal.node.addresses import parse_bare, parse_listen
-from shoal.node.config import canonical
 from shoal.node.discovery import Discovery
 from shoal.node.driver import Driver
 from shoal.node.errors import ConfigError, PeerError
@@ -471,12 +470,7 @@ class Daemon:
         """Write the shared model as safetensors, with the run file as metadata."""
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise ConfigError(f"{path.parent} is no directory that this daemon can write to")
-        genesis = self.place.genesis
-        metadata = {
-            "run": canonical(genesis.run_file.tables()).decode(),
-            "run_id": genesis.run_id.hex(),
-            "frontier": self.core.frontier.hash.hex(),
-        }
+        metadata = offline.metadata(self.place.genesis, self.core.frontier.hash)
         await self.foreman.export(path, metadata)
 
 

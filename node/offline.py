@@ -2,45 +2,40 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal.gossip.frontier import entries_hash
 from shoal.gossip.limits import Limits
-from shoal.gossip.names import Author
+from shoal.gossip.messages import Entry
+from shoal.gossip.names import NO_HASH, Author, Hash, running
 from shoal.gossip.records import Proof, Update
 from shoal.node.config import NodeConfig
 from shoal.node.errors import ConfigError
 from shoal.node.genesis import Genesis
 from shoal.node.home import Home
-from shoal.node.identity import peer_text
 from shoal.node.store import Store
 from shoal.node.wire import Wire
 
 if TYPE_CHECKING:
-    from shoal.training.exchange import Arrived
     from shoal.training.trainer import Trainer
 
 BATCH = 64
 """Updates given to the ledger at once: bounds the payloads held in memory."""
 
 
-def metadata(genesis: Genesis, fingerprint: tuple[int, int], updates: int) -> dict[str, str]:
+def metadata(genesis: Genesis, frontier: Hash) -> dict[str, str]:
     """Return what an exported file says about itself, beside its tensors."""
     return {
-        "shoal.run": genesis.run_id.hex(),
-        "shoal.run_file": genesis.tables.decode(),
-        "shoal.fingerprint": fingerprint_text(fingerprint),
-        "shoal.updates": str(updates),
+        "run": genesis.tables.decode(),
+        "run_id": genesis.run_id.hex(),
+        "frontier": frontier.hex(),
     }
 
 
-def fingerprint_text(fingerprint: tuple[int, int]) -> str:
-    """Return a fingerprint as people compare it: 32 hex digits."""
-    return "".join(f"{lane:016x}" for lane in fingerprint)
-
-
-def export(directory: Path, target: Path) -> str:
-    """Write the model that the directory's log means; return its fingerprint."""
+def export(directory: Path, target: Path) -> None:
+    """Write the model that the directory's log means."""
     if not (directory / "genesis").exists():
         raise ConfigError(f"{directory} holds no run; name the directory that `shoal start` made")
     with Home(directory) as home:
@@ -48,10 +43,11 @@ def export(directory: Path, target: Path) -> str:
         assert genesis is not None
         trainer = _trainer(home, genesis)
         store = Store.open(home.log, Limits(), run=genesis.run_id, readonly=True)
-        updates = _apply(trainer, genesis, store)
-        mark = trainer.recompute()
-        trainer.export(target, metadata(genesis, mark, updates))
-        return fingerprint_text(mark)
+        wire = Wire(genesis.run_id, lambda peer, admission: True, Limits())
+        entries = []
+        for author, count, closed in _authors(wire, store):
+            entries.append(_apply(trainer, wire, store, Entry(author, count, NO_HASH, closed)))
+        trainer.export(target, metadata(genesis, entries_hash(entries)))
 
 
 def _trainer(home: Home, genesis: Genesis) -> "Trainer":
@@ -77,41 +73,37 @@ def _no_clock() -> float:
     return 0.0
 
 
-def _apply(trainer: "Trainer", genesis: Genesis, store: Store) -> int:
-    batch: list[Arrived] = []
-    updates = 0
-    for arrived in _updates(genesis, store):
-        batch.append(arrived)
-        updates += 1
-        if len(batch) == BATCH:
-            trainer.apply(batch)
-            batch.clear()
-    trainer.apply(batch)
-    return updates
-
-
-def _updates(genesis: Genesis, store: Store) -> "Iterator[Arrived]":
-    """Yield what counts: of each author without a hole, and below where a proof closed its log."""
-    from shoal.training.exchange import Arrived
-
-    wire = Wire(genesis.run_id, lambda peer, admission: True, Limits())
-    closed = _closings(wire, store)
-    for author, count in sorted(store.counts().items()):
-        for number in range(1, min(count + 1, closed.get(author, count + 1))):
-            found = store.get(author, number)
-            assert found is not None, (peer_text(author.peer), number)
-            raw, payload = found
-            update = wire.record(raw).statement
-            assert isinstance(update, Update)
-            data = update.inline if payload is None else payload
-            key = (author.peer, author.log, number)
-            yield Arrived(key, update.turn, update.kind, data, update.size)
-
-
-def _closings(wire: Wire, store: Store) -> dict[Author, int]:
+def _authors(wire: Wire, store: Store) -> Iterator[tuple[Author, int, int]]:
+    """Yield of each author how many updates count, and the number at which a proof closed it."""
     closed: dict[Author, int] = {}
     for raw in store.proofs.values():
-        proof = wire.record(raw).statement
+        proof = wire.own(raw).statement
         assert isinstance(proof, Proof)
         closed[proof.author] = min(proof.number, closed.get(proof.author, proof.number))
-    return closed
+    counts = store.counts()
+    for author in sorted({*counts, *closed}):
+        count, end = counts.get(author, 0), closed.get(author, 0)
+        yield author, min(count, end - 1) if end else count, end
+
+
+def _apply(trainer: "Trainer", wire: Wire, store: Store, entry: Entry) -> Entry:
+    """Add one author's updates to the model; return its line of the frontier, hash and all."""
+    from shoal.training.exchange import Arrived
+
+    mark = NO_HASH
+    batch: list[Arrived] = []
+    for number in range(1, entry.count + 1):
+        found = store.get(entry.author, number)
+        assert found is not None, entry
+        raw, payload = found
+        record = wire.own(raw)
+        update = record.statement
+        assert isinstance(update, Update)
+        data = update.inline if payload is None else payload
+        key = (*entry.author, number)
+        batch.append(Arrived(key, update.turn, update.kind, data, update.size))
+        mark = running(mark, record.id)
+        if len(batch) == BATCH or number == entry.count:
+            trainer.apply(batch)
+            batch.clear()
+    return replace(entry, hash=mark)
