@@ -72,8 +72,8 @@ class Home:
 
     @property
     def checkpoint(self) -> Path:
-        """Return the folder of the worker's checkpoint."""
-        return self.path / "checkpoint"
+        """Return the file of the worker's checkpoint."""
+        return self.path / "checkpoint" / "worker.safetensors"
 
     @property
     def initial(self) -> Path:

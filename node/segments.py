@@ -19,7 +19,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from hashlib import blake2b
 from pathlib import Path
@@ -46,6 +46,8 @@ class Kind(IntEnum):
     UPDATE = 1
     PROOF = 2
     ADMISSION = 3
+    FORGOTTEN = 4
+    """It could not be read any more; its bytes are passed over."""
 
 
 class Place(int):
@@ -256,6 +258,8 @@ class Segments:
         )
         if at + head.frame_bytes > end:
             raise TornError
+        if head.kind is Kind.FORGOTTEN:
+            return head, b""
         record = os.pread(fd, head.record_bytes, at + HEAD_BYTES)
         if check_of(record) != head.check:
             raise DamageError("a record does not check")
@@ -367,6 +371,20 @@ class Segments:
                 done -= len(views.pop(0))
             if views and done:
                 views[0] = views[0][done:]
+
+    def forget(self, at: Place) -> None:
+        """Mark a frame as unreadable for good, so that the next opening passes over it.
+
+        A frame whose head does not check needs no mark: the next opening sets it aside.
+        """
+        with contextlib.suppress(DamageError):
+            head = replace(self.head(at), kind=Kind.FORGOTTEN)
+            fd = os.open(self.path(at.segment), os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                self._write(fd, [head.encode()], at.offset)
+                self._disk.sync(fd)
+            finally:
+                os.close(fd)
 
     def _sync(self, fd: int, start: int) -> None:
         try:

@@ -4,6 +4,7 @@ What `append` acknowledged with `own=True` is on the disk and survives a power c
 survives a killed process. The index in memory is eight bytes an update and one entry a payload.
 """
 
+import contextlib
 import json
 import logging
 import secrets
@@ -39,7 +40,7 @@ class StoreFull(StoreFailed):
 
 
 class DamagedError(StoreFailed):
-    """An update that was stored can't be read any more: forgotten here, to be fetched again."""
+    """An update that was stored can't be read any more: forgotten, and to be fetched anew."""
 
     def __init__(self, key: Key, why: str) -> None:
         super().__init__(f"disk: update {key.number} of log {key.author.log:016x}: {why}")
@@ -105,6 +106,8 @@ class Store:
         self._memory: dict[Key, tuple[Stored, bytes | None]] = {}
         self._memory_payloads: dict[Hash, bytes] = {}
         self._memory_bytes = 0
+        self._recorded = 0
+        """The log id of the next opening."""
         self._recorded_segments = 0
         self._lock = threading.RLock()
 
@@ -210,9 +213,11 @@ class Store:
         The core takes a fresh one when others have numbers of ours that this disk lacks.
         """
         with self._lock:
-            self.log = log
-            if not self.degraded:
+            self.log = self._recorded = log
+            try:
                 self._record_log_id()
+            except OSError as error:
+                self.degraded = self.degraded or _reason(error)
 
     def sync(self) -> None:
         """Wait until everything is on the disk."""
@@ -388,11 +393,21 @@ class Store:
             return None
 
     def _forget(self, key: Key, error: Exception) -> DamagedError:
-        at = int(self._place(key) or 0)
+        """Forget an update that can't be read any more, here and for the next opening.
+
+        If it may be an own one, that opening takes a fresh log id: its number was used.
+        """
+        at = Place(self._place(key) or 0)
         self._numbers[key.author].put(key.number, 0)
         self._payloads = {h: p for h, p in self._payloads.items() if p != at}
         why = _reason(error) if isinstance(error, OSError) else str(error)
         log.warning("update unreadable", extra={"number": key.number, "error": why})
+        if not self._segments.readonly and not self.degraded:
+            with contextlib.suppress(OSError):
+                self._segments.forget(at)
+                if key.author.log == self.log:
+                    self._recorded = secrets.randbits(64) or 1
+                    self._record_log_id()
         return DamagedError(key, why)
 
     # ------------------------------------------------------------------ own log id
@@ -403,11 +418,12 @@ class Store:
         count, last = self._files()
         lost = self._segments.damaged or count < were[0] or last < were[1]
         if recorded and not lost:
-            self.log, self._recorded_segments = recorded, were[0]
+            self.log = self._recorded = recorded
+            self._recorded_segments = were[0]
             return
         if recorded or count:
             self._segments.notes.append("part of the log is lost: going on under a fresh log id")
-        self.log = secrets.randbits(64) or 1
+        self.log = self._recorded = secrets.randbits(64) or 1
         if not self._segments.readonly:
             self._record_log_id()
 
@@ -419,7 +435,7 @@ class Store:
         if self.degraded:
             return
         count, last = self._files()
-        body = {"log": f"{self.log:016x}", "segments": count, "last": last}
+        body = {"log": f"{self._recorded:016x}", "segments": count, "last": last}
         write_atomically(self._segments.directory / "log.json", json.dumps(body).encode() + b"\n")
         self._recorded_segments = count
 
