@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shoal.gossip.events import Applied
-from shoal.gossip.frontier import Counts, Frontier
+from shoal.gossip.frontier import Counts, Frontier, Rows
 from shoal.gossip.names import Author, PeerId
 from shoal.gossip.records import Progress
 
@@ -112,16 +112,17 @@ class Agreement:
 
     # ------------------------------------------------------------ others' models
 
-    def heard(self, progress: Progress) -> bool:
+    def heard(self, progress: Progress, *, compare: bool) -> bool:
         """Take in a statement; say whether it is newer than the last of that peer."""
         last = self.statements.get(progress.peer)
         if last is not None and last.sequence >= progress.sequence:
             return False
         self.statements[progress.peer] = progress
-        self._unchecked[progress.peer] = None
+        if compare:
+            self._unchecked[progress.peer] = None
         return True
 
-    def check(self) -> list[PeerId]:
+    def check(self, rows: Rows) -> list[PeerId]:
         """Compare statements that we have passed; return who disagrees."""
         if self.fingerprint is None or not self.clean():
             return []
@@ -133,6 +134,8 @@ class Agreement:
                 self._unchecked[peer] = None  # to the end of the queue
                 continue
             self.verdicts[peer] = agrees
+            for author, count in self.statements[peer].frontier:
+                rows.state(peer, author, count)
             if agrees:
                 self.strikes.pop(peer, None)
             else:

@@ -5,6 +5,7 @@ all of it: BLAKE2b-256 over the lines `peer ‖ log ‖ count ‖ closed ‖ run
 counts as u32, big endian) of all authors in order; lines without updates and closing are left out.
 """
 
+import struct
 from array import array
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from enum import Enum
 from shoal.gossip.messages import Entry
 from shoal.gossip.names import NO_HASH, Author, Hash, PeerId, digest, running
 from shoal.gossip.records import Update
+
+_LINE = struct.Struct(">32sQII32s")
 
 Counts = tuple[tuple[Author, int], ...]
 """A version vector as it travels: sorted by author, zero counts left out."""
@@ -33,15 +36,7 @@ class Taken(Enum):
 
 def line(author: Author, count: int, closed: int, run: bytes) -> bytes:
     """Return one author's line of a frontier hash."""
-    return b"".join(
-        (
-            author.peer,
-            author.log.to_bytes(8, "big"),
-            count.to_bytes(4, "big"),
-            closed.to_bytes(4, "big"),
-            run,
-        )
-    )
+    return _LINE.pack(author.peer, author.log, count, closed, run)
 
 
 def entries_hash(entries: Iterable[Entry]) -> Hash:
@@ -162,16 +157,18 @@ class Frontier:
 
     def hash_at(self, counts: Mapping[Author, int]) -> Hash | None:
         """Return the hash of this frontier cut back to `counts`; None if it is not so far."""
-        lines = []
+        lines, get, known = [], counts.get, 0
         for author in self._order:
-            log, count = self.logs[author], counts.get(author, 0)
-            if count > log.count:
+            log, count = self.logs[author], get(author, 0)
+            if count > len(log.turns):
                 return None
-            if count or log.closed:
-                lines.append(line(author, count, log.closed, log.hash_at(count)))
-        if any(author not in self.logs for author, count in counts.items() if count):
-            return None
-        return digest(b"".join(lines))
+            if count:
+                known += 1
+                run = log.hashes[32 * count - 32 : 32 * count]
+                lines.append(_LINE.pack(author.peer, author.log, count, log.closed, run))
+            elif log.closed:
+                lines.append(line(author, 0, log.closed, NO_HASH))
+        return digest(b"".join(lines)) if known == len(counts) else None
 
     def missing(self, author: Author, up_to: int) -> list[tuple[int, int]]:
         """Return the ranges of numbers ≤ `up_to` that are neither in nor above a hole."""

@@ -92,6 +92,8 @@ LAST_WORD = 1.0
 """Seconds in which an accused peer may read the proof before its link is closed."""
 ASK_AGAIN = 2.0
 """Seconds until an admission is asked for again."""
+COMPARERS = 64
+"""So many members compare one statement of fingerprint, on average."""
 PUBLISHING = (Standing.TRAINING,)
 
 
@@ -204,8 +206,7 @@ class Protocol:
         self._now = self.dissemination.now = now
         self._handle(event, now)
         self._join(now)
-        self.membership.stand(self._standing())
-        self.turns.dispatch(self._may_train(), now)
+        self.turns.dispatch(self._may_train, now)
         self.arrivals.pump()
         self._state_soon(now)
         self._set_wake(now)
@@ -216,6 +217,7 @@ class Protocol:
             case Tick():
                 for what, whom in self.timers.due(now):
                     self._on_time(what, whom, now)
+                self.membership.stand(self._standing())
             case Received(peer, message):
                 self._on_message(peer, message, now)
             case LinkUp(peer, admission):
@@ -266,6 +268,7 @@ class Protocol:
                     self.membership.say_contact()
             case _:
                 pass
+        self.membership.stand(self._standing())
 
     def _set_wake(self, now: float) -> None:
         at = self.timers.next()
@@ -507,11 +510,10 @@ class Protocol:
         if progress.peer == self.me:
             self._sequence = max(self._sequence, progress.sequence)
             return False
-        if not self.agreement.heard(progress):
+        # In a large swarm each statement is compared by some, not by all: the cost is members².
+        compare = self.rng.random() * len(self.view.ring) < COMPARERS
+        if not self.agreement.heard(progress, compare=compare):
             return False
-        if self.frontier.hash_at(counts := dict(progress.frontier)) == progress.frontier_hash:
-            for author, count in counts.items():
-                self.rows.state(progress.peer, author, count)
         self.dissemination.forward(record, sender, set())
         self._check()
         return True
@@ -685,12 +687,13 @@ class Protocol:
 
     def _state_soon(self, now: float) -> None:
         """When all is applied and nothing is trained, others need not wait for our word."""
-        if self.turns.idle() and self._stated != self.frontier.version:
-            self.timers.hurry("progress", now + 1.0 + self.rng.random())
+        if self._stated != self.frontier.version and self.turns.idle():
+            wait = max(2.0, len(self.view.ring) / 20)
+            self.timers.hurry("progress", now + wait * (0.5 + self.rng.random()))
 
     def _check(self) -> None:
         """Compare fingerprints; who disagrees after a rebuild of our own means: diverged."""
-        wrong, agreement = self.agreement.check(), self.agreement
+        wrong, agreement = self.agreement.check(self.rows), self.agreement
         for peer in wrong:
             self.out.count("disagreement")
             if not self.turns.rebuilt:

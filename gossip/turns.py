@@ -30,6 +30,8 @@ from shoal.gossip.run import Run
 from shoal.gossip.timers import Timers
 
 MOST_STORE_TRIES = 3
+APPLY_INTERVAL = 0.25
+"""Seconds between two `Apply` to an idle worker."""
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class Turns:
     _storing: Record | None = None
     _done: TurnDone | None = None
     _tries: int = 0
+    _not_before: float = 0.0
 
     # ------------------------------------------------------------ requests
 
@@ -86,7 +89,7 @@ class Turns:
         """Say whether all turns of the run are done."""
         return 0 < self.run.turns < self.next
 
-    def dispatch(self, may_train: bool, now: float) -> None:
+    def dispatch(self, may_train: Callable[[], bool], now: float) -> None:
         """Ask the worker for the next thing, if it is free."""
         if not self.ready or self._request is not None or self._storing is not None:
             return
@@ -95,11 +98,19 @@ class Turns:
         if self.rebuild:
             self.rebuild = False
             self._ask(Rebuild())
-        elif may_train and not self.finished():
+        elif not self.finished() and may_train():
             self._start_turn(now)
         elif self._asked != self.frontier.version:
-            self._asked = self.frontier.version
-            self._ask(Apply(self.frontier.counts()))
+            self._apply(now)
+
+    def _apply(self, now: float) -> None:
+        """Let an idle worker take in what arrived, a few times a second at most."""
+        if now < self._not_before:
+            self.timers.hurry("turn", self._not_before)
+            return
+        self._not_before = now + APPLY_INTERVAL
+        self._asked = self.frontier.version
+        self._ask(Apply(self.frontier.counts()))
 
     def _ask(self, request: StartTurn | Apply | Subtract | Rebuild) -> None:
         self._request = request
