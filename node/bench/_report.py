@@ -1,0 +1,52 @@
+"""What a benchmark measured: rows beside their yardsticks, as a table or as one JSON object."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured number beside what it is compared with."""
+
+    name: str
+    value: float
+    unit: str
+    yardstick: float | None = None
+    """In the same unit; what it is, the name says."""
+    ratio: float | None = None
+    """value / yardstick."""
+
+
+def beside(name: str, value: float, unit: str, yardstick: float) -> Row:
+    """Return a row with its ratio."""
+    return Row(name, value, unit, yardstick, value / yardstick)
+
+
+def show(bench: str, rows: Sequence[Row], *, as_json: bool) -> None:
+    """Print one object {bench, machine, rows}, or a table."""
+    if as_json:
+        found = {"bench": bench, "machine": machine(), "rows": [asdict(row) for row in rows]}
+        print(json.dumps(found))
+        return
+    print(f"{bench} on {machine()}")
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        line = f"  {row.name:{width}}  {row.value:>12.5g} {row.unit}"
+        if row.yardstick is not None and row.ratio is not None:
+            line += f"   beside {row.yardstick:.5g} {row.unit}: {row.ratio:.4f}"
+        print(line)
+
+
+def machine() -> str:
+    """Return processor, cores and Python in a few words."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
