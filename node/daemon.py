@@ -16,7 +16,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -139,15 +139,18 @@ class Daemon:
             most_bytes=place.genesis.most,
             observe=place.config.observe,
         )
+        records = [self.wire.own(stored.raw) for stored in self.store.records()]
+        me = place.identity.peer
+        self._published = sum(u.size for u in _updates(records) if u.author.peer == me)
         held = Held(
-            records=[self.wire.own(stored.raw) for stored in self.store.records()],
+            records=records,
             proofs=[self.wire.own(raw) for raw in self.store.proofs.values()],
             admissions=self.store.admissions,
             recall=self._recall,
         )
         return protocol.Protocol(
             run,
-            place.identity.peer,
+            me,
             self.store.log,
             secrets.randbits(64) or 1,
             Sealer(place.identity, place.genesis.run_id).seal,
@@ -188,7 +191,7 @@ class Daemon:
             now.steps = steps
         if isinstance(turn := last.get("turn"), int):
             now.turn = turn
-        now.published_bytes = sum(each.size for each in self.store.records() if each.own)
+        now.published_bytes = self._published
 
     def _make_http(self) -> StatusServer:
         listen = parse_listen(self.place.config.status)
@@ -472,6 +475,10 @@ class Daemon:
             raise ConfigError(f"{path.parent} is no directory that this daemon can write to")
         metadata = offline.metadata(self.place.genesis, self.core.frontier.hash)
         await self.foreman.export(path, metadata)
+
+
+def _updates(records: Iterable[Record]) -> Iterator[Update]:
+    return (record.statement for record in records if isinstance(record.statement, Update))
 
 
 def _row(
