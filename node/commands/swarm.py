@@ -21,6 +21,8 @@ INTERVAL = 1.0
 """Seconds between looks."""
 PLAIN_INTERVAL = 5.0
 """Seconds between lines where there is no terminal."""
+METERING = 1.2
+"""Seconds that a daemon's count of bytes may lag behind."""
 SETTLING = 60.0
 """Seconds after the last turn in which all must come to one model."""
 
@@ -203,7 +205,16 @@ def _train(
                 deadline = None
             if settled_by is None and _all_done(rows, timed=bool(args.minutes)):
                 settled_by = now + SETTLING
-        return rows, before, time.monotonic() - begun
+        elapsed = time.monotonic() - begun
+    # The daemons look at their sockets once a second: let the last bytes be counted.
+    time.sleep(METERING)
+    return last_known(rows, swarm.look()), before, elapsed
+
+
+def last_known(rows: "list[Status | None]", later: "list[Status | None]") -> "list[Status | None]":
+    """Return the later look, if everybody who answered before still does."""
+    lost = any(new is None for old, new in zip(rows, later, strict=True) if old is not None)
+    return rows if lost else later
 
 
 def first_evaluation(rows: "list[Status | None]") -> float | None:
