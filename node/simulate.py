@@ -315,6 +315,7 @@ class Simulator:
         self._trace = blake2b(digest_size=16)
         self._cuts: list[frozenset[int]] = []
         self._index: dict[PeerId, int] = {}
+        self._twins: dict[int, int] = {}
         self._shared = self._full_view(peers) if full_views else None
         self.peers = [self._make(i) for i in range(peers)]
         for fault in faults:
@@ -462,6 +463,11 @@ class Simulator:
         return self.rng.uniform(*self.network.latency)
 
     def _send(self, sender: SimPeer, to: int, message: Message) -> None:
+        if to in self._twins:
+            self._send_one(sender, self._twins[to], message)
+        self._send_one(sender, to, message)
+
+    def _send_one(self, sender: SimPeer, to: int, message: Message) -> None:
         self.messages += 1
         if isinstance(message, Push):
             self.message_bytes += sum(len(r.raw) for r in message.records)
@@ -663,6 +669,18 @@ class Simulator:
         record = self._seal(other)
         for target in [p for p in self.peers if p.up and p is not peer][:2]:
             self._later(self._delay(), target, ev.Received(peer.id, Push((record,))))
+
+    def twin(self, index: int) -> SimPeer:
+        """Start a second process under the key of a peer; what goes to the key reaches both."""
+        first = self.peers[index]
+        log = self.rng.getrandbits(64)
+        core = self._core(index, first.id, log, Held())
+        place = len(self.peers)
+        twin = SimPeer(place, first.id, log, core, self._make_worker(self, place))
+        self.peers.append(twin)
+        self._twins[index] = place
+        self._boot(twin)
+        return twin
 
     # ------------------------------------------------------------ questions
 
