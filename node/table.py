@@ -77,17 +77,19 @@ def verdict(agrees: bool | None) -> str:
 # ---------------------------------------------------------------- the swarm seen by one peer
 
 
-def overview(status: Status, peers: Sequence[PeerRow]) -> "Group":
-    """Return what `shoal status` shows."""
-    from rich.console import Group
+def overview(status: Status, peers: Sequence[PeerRow]) -> "list[RenderableType]":
+    """Return what `shoal status` shows, from top to bottom."""
     from rich.text import Text
 
     parts: list[RenderableType] = [Text.assemble(*_heading(status))]
-    parts += [Text(f"join: {address}", style="cyan", overflow="fold") for address in status.join]
+    parts += [
+        Text(f"join: shoal join {address}", style="cyan", overflow="fold")
+        for address in status.join
+    ]
     parts.append(_peers(status, peers))
     parts += [Text(line) for line in facts(status)]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in status.warnings]
-    return Group(*parts)
+    return parts
 
 
 def _heading(status: Status) -> list[tuple[str, str]]:

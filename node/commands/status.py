@@ -54,16 +54,19 @@ def _print_table(daemon: "Client") -> None:
 
     from shoal.node import table
 
-    Console().print(table.overview(daemon.status(), daemon.peers()))
+    console = Console()
+    for part in table.overview(daemon.status(), daemon.peers()):
+        console.print(part, soft_wrap=True)  # a join address stays one line, to be copied
 
 
 def _watch(daemon: "Client") -> int:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
 
     from shoal.node import table
 
     with Live(console=Console(), auto_refresh=False) as live:
         while True:
-            live.update(table.overview(daemon.status(), daemon.peers()), refresh=True)
+            parts = table.overview(daemon.status(), daemon.peers())
+            live.update(Group(*parts), refresh=True)
             time.sleep(INTERVAL)

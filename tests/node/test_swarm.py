@@ -255,9 +255,9 @@ def test_the_overview_shows_peers_and_what_is_wrong() -> None:
         PeerRow(id="12D3KooWabcdef", me=True, standing="degraded", turn=3),
         PeerRow(id="12D3KooWuvwxyz", state="failed", standing="training", agrees=False),
     ]
-    text = shown(table.overview(one, rows))
+    text = "".join(map(shown, table.overview(one, rows)))
     assert "degraded: log full" in text
-    assert "join: /ip4/192.0.2.1/x" in text
+    assert "join: shoal join /ip4/192.0.2.1/x" in text
     assert "abcdef *" in text
     assert "failed" in text
     assert "DIFFERS" in text

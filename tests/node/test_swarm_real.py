@@ -80,6 +80,7 @@ def test_commands_find_the_daemon_by_its_directory(tmp_path: Path) -> None:
         shown = subprocess.run([*shoal, "status"], capture_output=True, check=True, **here)
         assert "training" in shown.stdout
         assert found.status().peer[-6:] in shown.stdout
+        assert f"shoal join {found.status().join[0]}\n" in shown.stdout, "in one line"
 
         subprocess.run([*shoal, "pause"], check=True, **here)
         wait_for(lambda: found.status().state == "paused" and not found.status().lag)
