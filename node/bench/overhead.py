@@ -44,12 +44,16 @@ STARTING = 120.0
 
 
 class Speed(NamedTuple):
-    """Of one stretch of turns."""
+    """Of one stretch of turns, and what the processors did meanwhile."""
 
     steps: float
     """Local steps per second of local steps: the median over turns."""
     wall: float
     """Local steps per second of the clock: applying, encoding and publishing included."""
+    daemon: float = 0.0
+    """Processor seconds of the daemon …"""
+    worker: float = 0.0
+    """… and of its worker."""
 
 
 def run(as_json: bool) -> int:
@@ -84,6 +88,14 @@ def rows(bare: list[Speed], swarm: list[Speed]) -> list[Row]:
         Row("training slowed by the daemon, median of pairs", statistics.median(slower) * 100, "%")
     )
     found.append(Row("the same, worst pair", max(slower) * 100, "%"))
+    found.append(
+        beside(
+            "processor seconds of the daemon, beside its worker's",
+            sum(s.daemon for s in swarm),
+            "s",
+            sum(s.worker for s in swarm),
+        )
+    )
     return found
 
 
@@ -172,7 +184,7 @@ async def _swarm(
             partner = await _partner(join, other, pace)
             serving = asyncio.create_task(partner.run())
             try:
-                return await _watch(mine, other, serving)
+                return await _watch(process.pid, mine, other, serving)
             finally:
                 await partner.leave()
                 await serving
@@ -219,21 +231,26 @@ async def _status(folder: Path) -> Status | None:
     return None if found is None else await asyncio.to_thread(found.status)
 
 
-async def _watch(folder: Path, other: Path, serving: "asyncio.Task[int]") -> Speed:
+async def _watch(daemon: int, folder: Path, other: Path, serving: "asyncio.Task[int]") -> Speed:
     """Measure the turns that the daemon in `folder` takes while both train."""
     until = time.monotonic() + STARTING
     while (status := await _status(other)) is None or not status.turn:
         if serving.done() or time.monotonic() > until:
             raise ConfigError(f"the other daemon does not train: {status and status.why}")
         await asyncio.sleep(0.5)
+    mine = await _status(folder)
+    worker = mine.worker.pid if mine is not None and mine.worker.pid is not None else 0
     began, begun = await _next_turn(folder, len(_turns(folder)) + WARM)
+    before = _processor(daemon), _processor(worker)
     ended, end = await _next_turn(folder, begun + TURNS)
+    after = _processor(daemon), _processor(worker)
     turns = _turns(folder)[begun:end]
     status = await _status(other)
     if status is None or not status.neighbours:
         raise ConfigError("the two daemons lost each other while they were measured")
     median = statistics.median(STEPS / turn["seconds"] for turn in turns)
-    return Speed(median, STEPS * len(turns) / (ended - began))
+    wall = STEPS * len(turns) / (ended - began)
+    return Speed(median, wall, after[0] - before[0], after[1] - before[1])
 
 
 async def _next_turn(folder: Path, count: int) -> tuple[float, int]:
@@ -255,6 +272,12 @@ def _turns(folder: Path) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------- cores
+
+
+def _processor(pid: int) -> float:
+    """Return the processor seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _cores() -> tuple[set[int], set[int]]:

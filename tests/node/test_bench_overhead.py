@@ -12,10 +12,11 @@ from shoal.node.bench.overhead import Speed
 
 def test_the_slow_down_is_that_of_the_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     bare = [Speed(100, 90), Speed(50, 45), Speed(100, 90)]
-    swarm = [Speed(99, 80), Speed(49, 40), Speed(101, 85)]
+    swarm = [Speed(99, 80, 0.5, 20), Speed(49, 40, 0.25, 20), Speed(101, 85, 0.25, 60)]
     rows = overhead.rows(bare, swarm)
-    assert [row.value for row in rows] == pytest.approx([99, 80, 1, 2])
+    assert [row.value for row in rows] == pytest.approx([99, 80, 1, 2, 1])
     assert rows[0].ratio == pytest.approx(0.99)
+    assert rows[-1].ratio == pytest.approx(0.01)
     show("overhead", rows, as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert set(printed) == {"bench", "machine", "rows"}
