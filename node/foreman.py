@@ -264,9 +264,14 @@ class Foreman:
         try:
             found = self.store.get(*key)
         except DamagedError as error:
-            raise WorkerDied(f"the log is damaged: {error}") from error
+            # Starting the worker again would ask for the same update for ever.
+            remedy = "stop this daemon and start it again: it fetches the update anew"
+            raise WorkerGone(f"the log is damaged ({error}); {remedy}") from error
         if found is None:
-            raise WorkerDied(f"update {key.number} of a log in the frontier is not in the store")
+            raise WorkerGone(
+                f"update {key.number} of a log in the frontier is not in the store; stop this "
+                "daemon and start it again"
+            )
         raw, payload = found
         update = self._read(raw)
         payload = payload if payload is not None else update.inline
