@@ -30,6 +30,7 @@ from shoal.gossip.run import Run
 from shoal.gossip.timers import Timers
 
 MOST_STORE_TRIES = 3
+NAN = float("nan")
 APPLY_INTERVAL = 0.25
 """Seconds between two `Apply` to an idle worker."""
 
@@ -59,7 +60,7 @@ class Turns:
     """The worker is up."""
     down: str = ""
     """Why it is not."""
-    report: Report = field(default_factory=Report)
+    report: Report = Report(loss=NAN, evaluation=NAN)
     unwritable: str = ""
     """Why own updates cannot be stored."""
     rebuild: bool = False
