@@ -6,7 +6,7 @@ the next turn; a peer that does not train only applies what arrives.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shoal.gossip.agreement import Agreement
 from shoal.gossip.arrivals import Arrivals
