@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from shoal.gossip import limits as presets
 from shoal.gossip.limits import Limits
+from shoal.node.addresses import EXAMPLE, parse
 from shoal.node.errors import ConfigError
 from shoal.node.files import write_atomically
 from shoal.training import tables
@@ -143,6 +144,10 @@ class NodeConfig:
     """`HOST:PORT`; empty: all interfaces, port 7464; port 0: any free one."""
     advertise: tuple[str, ...] = ()
     """Addresses to tell others; empty: every non-loopback address of this machine."""
+    libp2p: str = "0"
+    """`off`, or libp2p's own TCP port; 0: any free one."""
+    libp2p_peer: tuple[str, ...] = ()
+    """libp2p multiaddrs with /p2p through which to enter the DHT; of any run."""
     identity: str = ""
     """Identity file; empty: `identity.key` in the directory."""
     secret_file: str = ""
@@ -164,6 +169,9 @@ class NodeConfig:
         _at_least(self.threads, 0, "threads")
         _at_least(self.log_gigabytes, 0, "log_gigabytes")
         _choice(self.limits, "limits", ("lan", "wan"))
+        parse_libp2p(self.libp2p)
+        for text in self.libp2p_peer:
+            check_libp2p_peer(text)
         if self.allow_task and ":" not in self.allow_task:
             raise ConfigError(
                 f"--allow-task {self.allow_task}: write package.module:Factory, like the run file"
@@ -222,6 +230,23 @@ def parse_shard(text: str) -> tuple[int, int]:
     if i >= n:
         raise ConfigError(f"--shard {text}: parts count from 0, so the last of {n} is {n - 1}/{n}")
     return i, n
+
+
+def parse_libp2p(text: str) -> int | None:
+    """Read `off` (None) or a TCP port."""
+    if text == "off":
+        return None
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ConfigError(f"--libp2p {text}: give off, or a TCP port (0: any free one)")
+    return int(text)
+
+
+def check_libp2p_peer(text: str) -> str:
+    """Return a libp2p multiaddr that names its peer."""
+    address = parse(text)
+    if address.peer is None or address.run is not None:
+        raise ConfigError(f"--libp2p-peer {text}: give a libp2p address such as {EXAMPLE}")
+    return text
 
 
 # ---------------------------------------------------------------- reading and writing

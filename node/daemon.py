@@ -27,6 +27,7 @@ from shoal.gossip.records import Record, Report, Update
 from shoal.gossip.run import Held, Run
 from shoal.node import founding, offline, pipe, status
 from shoal.node.addresses import parse_bare, parse_listen
+from shoal.node.config import parse_libp2p
 from shoal.node.discovery import Discovery
 from shoal.node.driver import Driver
 from shoal.node.errors import ConfigError, PeerError
@@ -116,7 +117,9 @@ class Daemon:
         )
         self.finder = Finder(
             FinderSettings(
-                identity=place.identity.key.private_bytes_raw(), seed=place.admission.rendezvous()
+                identity=place.identity.key.private_bytes_raw(),
+                seed=place.admission.rendezvous(),
+                port=parse_libp2p(place.config.libp2p),
             )
         )
         self.meter = SocketMeter(without=lambda: (self.http.port,))
@@ -258,11 +261,12 @@ class Daemon:
             self.driver.feed(ev.Pause())
         self.discovery.bootstrap(place.bootstrap)
         remembered = place.home.known_peers()
-        self.discovery.recall(remembered)
+        recalled = self.discovery.recall(remembered)
         alone = place.founder is not None and not remembered
         addresses = self.transport.addresses
         self.driver.feed(ev.Start(addresses, self.transport.proof, alone))
         self.finder.announce(addresses)
+        self.finder.bootstrap([*place.config.libp2p_peer, *recalled])
         self.finder.start()
 
     async def _end(self) -> None:
@@ -312,7 +316,8 @@ class Daemon:
         members = [m for m in self.core.members() if m.peer != me and m.addresses]
         members.sort(key=lambda m: (not m.linked, m.state != "alive"))
         try:
-            self.place.home.remember_peers(Known(m.peer, m.addresses) for m in members)
+            known = self.discovery.book.remembered((m.peer, m.addresses) for m in members)
+            self.place.home.remember_peers(Known(*each) for each in known)
         except OSError as error:
             log.warning("known peers not written", extra={"error": error.strerror})
 

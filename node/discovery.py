@@ -63,7 +63,8 @@ class DiscoveryLimits:
     interval: float = 1.0
     """How often the number of links is looked at."""
     hurry: float = 30.0
-    """At most so often the finder is asked to look again at once."""
+    """First pause before the finder is asked to look again at once; doubles up to `hurry_max`."""
+    hurry_max: float = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +172,31 @@ class Book:
                 known.failures += 1
                 known.due = now + min(pause, self.limits.retry_max) * self.rng.uniform(0.75, 1.25)
 
-    def remembered(self) -> list[tuple[PeerId, tuple[str, ...]]]:
-        """Return whom to remember on disk, those linked last first: (peer, addresses).
+    def remembered(
+        self, members: Iterable[tuple[PeerId, tuple[str, ...]]] = ()
+    ) -> list[tuple[PeerId, tuple[str, ...]]]:
+        """Return whom to remember on disk: (peer, addresses).
 
-        The libp2p address that once answered is among them; it is the one with /p2p.
+        `members` first, by their contact records; then who else was linked, the last first; then
+        whom an earlier life remembered. The libp2p address that once answered is among the
+        addresses; it is the one with /p2p.
         """
-        ever = [(k.linked, p) for p, k in self._known.items() if k.linked != float("-inf")]
-        chosen = [p for _, p in sorted(ever, reverse=True)[: self.limits.remembered]]
-        return [(p, _with_libp2p(self._known[p], self.limits.addresses)) for p in chosen]
+        chosen = dict(members)
+        ever = [
+            (k.linked, p)
+            for p, k in self._known.items()
+            if k.linked != float("-inf") or k.source is Source.REMEMBERED
+        ]
+        for _, peer in sorted(ever, reverse=True):
+            chosen.setdefault(peer, self._known[peer].addresses)
+        first = list(chosen.items())[: self.limits.remembered]
+        return [(p, self._with_libp2p(p, addresses)) for p, addresses in first]
+
+    def _with_libp2p(self, peer: PeerId, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        known, bound = self._known.get(peer), self.limits.addresses
+        if known is None or not known.libp2p:
+            return addresses[:bound]
+        return (*addresses[: bound - 1], known.libp2p)
 
     def _forget_beyond_bound(self, keep: PeerId) -> None:
         if len(self._known) <= self.limits.peers:
@@ -199,8 +217,8 @@ class Finds(Protocol):
 
     hints: "asyncio.Queue[Hint]"
 
-    def hurry(self) -> None:
-        """Look again now."""
+    def hurry(self, linked: Iterable[PeerId]) -> None:
+        """Look again now; `linked` are found already."""
 
 
 Dial = Callable[[PeerId, tuple[str, ...]], Awaitable[Outcome]]
@@ -233,26 +251,30 @@ class Discovery:
 
     def recall(self, remembered: Iterable[tuple[PeerId, tuple[str, ...]]]) -> list[str]:
         """Take in what `Book.remembered` returned; returns libp2p addresses to bootstrap from."""
-        libp2p = []
+        found = []
         for peer, addresses in list(remembered)[: self.limits.remembered]:
-            self.book.add(peer, addresses, Source.REMEMBERED, now=self._clock())
-            libp2p += [a for a in addresses if "/p2p/" in a]
-        return libp2p
+            libp2p = [a for a in addresses if a.endswith(f"/p2p/{peer_text(peer)}")][:1]
+            now, known = self._clock(), "".join(libp2p)
+            self.book.add(peer, addresses, Source.REMEMBERED, now=now, libp2p=known)
+            found += libp2p
+        return found
 
     async def run(self, finder: Finds | None = None) -> None:
         """Dial until cancelled. `finder`'s hints are taken in as they come."""
         async with asyncio.TaskGroup() as tasks:
             if finder is not None:
                 tasks.create_task(self._listen(finder))
-            asked = self._clock()
+            asked, pause, before = self._clock(), self.limits.hurry, 0
             while True:
                 now, links = self._clock(), list(self._links())
+                if len(links) < before:
+                    pause = self.limits.hurry  # in a small swarm links may be missing for ever
+                before = len(links)
                 for suggestion in self.book.due(links, self._wanted(), now):
                     tasks.create_task(self._try(suggestion))
-                alone = len(links) < self._wanted() and now - asked >= self.limits.hurry
-                if finder is not None and alone:
-                    asked = now
-                    finder.hurry()
+                if finder is not None and len(links) < self._wanted() and now - asked >= pause:
+                    asked, pause = now, min(2 * pause, self.limits.hurry_max)
+                    finder.hurry(links)
                 await asyncio.sleep(self.limits.interval)
 
     async def _listen(self, finder: Finds) -> None:
@@ -280,12 +302,6 @@ class Discovery:
                 "outcome": outcome.value,
             },
         )
-
-
-def _with_libp2p(known: _Known, bound: int) -> tuple[str, ...]:
-    if not known.libp2p:
-        return known.addresses
-    return (*known.addresses[: bound - 1], known.libp2p)
 
 
 def _is_address(text: str) -> bool:

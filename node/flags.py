@@ -65,6 +65,22 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
         choices=("lan", "wan"),
         help="time-outs for one building (lan, the default) or for home lines and oceans (wan)",
     )
+    network.add_argument(
+        "--libp2p",
+        type=libp2p,
+        metavar="off|PORT",
+        help="find peers of the run by libp2p, on the local network and through --libp2p-peer, "
+        "listening at this TCP port (default: any free one); off: only by the addresses given",
+    )
+    network.add_argument(
+        "--libp2p-peer",
+        action="append",
+        type=libp2p_peer,
+        default=[],
+        metavar="MULTIADDR",
+        help="a libp2p node to look for peers through, of this run or any, such as "
+        "/dns4/meet.example/tcp/4001/p2p/12D3KooW…; repeatable",
+    )
     add_training(parser.add_argument_group("training"))
     trust = parser.add_argument_group("trust")
     trust.add_argument("--identity", type=Path, metavar="FILE", help="this peer's key file")
@@ -107,6 +123,21 @@ def endpoint(text: str) -> str:
 
     parse_listen(text)
     return text
+
+
+def libp2p(text: str) -> str:
+    """Check off|PORT."""
+    from shoal.node.config import parse_libp2p
+
+    parse_libp2p(text)
+    return text
+
+
+def libp2p_peer(text: str) -> str:
+    """Check a libp2p multiaddr."""
+    from shoal.node.config import check_libp2p_peer
+
+    return check_libp2p_peer(text)
 
 
 def shard(text: str) -> str:

@@ -14,6 +14,8 @@ LOCAL = (
     "threads",
     "listen",
     "advertise",
+    "libp2p",
+    "libp2p_peer",
     "identity",
     "secret_file",
     "allow_task",
@@ -58,7 +60,8 @@ def local(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in LOCAL}
     for name in ("identity", "secret_file"):
         given[name] = None if given[name] is None else str(given[name])
-    given["advertise"] = tuple(given["advertise"])
+    for name in ("advertise", "libp2p_peer"):
+        given[name] = tuple(given[name])
     given["observe"] = given["observe"] or None
     return given
 

@@ -9,6 +9,10 @@ and authenticated channel (noise; plaintext is not offered), that they know the 
 swarm's CA, and only then tell each other where their gRPC listens (`CONTACT`). So neither a
 stranger on the local network nor a lying DHT node makes a hint, and strangers learn no gRPC
 address from us. A hint still proves nothing about being alive: provider records live for days.
+
+libp2p only finds. Nobody is asked again who has answered, unless links are missing; connections
+are closed once nothing is said on them (so none needs pings); and a DHT of nothing but our own run
+is left alone. A daemon that has its links thus costs a few bytes a second.
 """
 
 import asyncio
@@ -17,12 +21,13 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import random
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
@@ -79,19 +84,23 @@ class FinderLimits:
     """Peers answered at the same time; more are turned away."""
     ask_timeout: float = 10.0
     """For one address: dialling, proving, answering."""
-    ask_again: float = 600.0
-    """A peer that answered is asked again after this, since its addresses may change."""
     retry: float = 3.0
-    """First pause after a failed ask; doubles up to `ask_again`."""
+    """First pause after a failed ask, and after entering the DHT failed; doubles up to the next."""
+    retry_max: float = 3600.0
     connections: int = 64
-    """libp2p connections kept; more are pruned. They carry only the DHT's small talk."""
+    """libp2p connections kept; more are pruned."""
     keep_connections: int = 8
-    """After asking, a connection is closed again when more than this are open."""
+    """After asking, a connection is closed at once when more than this are open."""
+    linger: float = 10.0
+    """A connection on which nothing was said for so long is closed."""
+    longest: float = 120.0
+    """No connection is older, whatever is said on it."""
+    entries: int = 4
+    """Bootstrap addresses in use at the same time: one would do if it never failed."""
     rendezvous: float = 2.0
-    """First pause between two look-ups; grows by half up to `rendezvous_max`."""
-    rendezvous_max: float = 300.0
-    provide_again: float = 900.0
-    """A provider record lives for 48 h, but the peers that hold it do not."""
+    """First pause between two rounds of providing and looking up; triples up to the next."""
+    rendezvous_max: float = 3600.0
+    """Provider records live for 48 h, but the peers that hold them do not."""
     provider_keys: int = 2048
     """Keys of which we hold provider records for others."""
     interfaces: float = 15.0
@@ -109,8 +118,8 @@ class FinderSettings:
     """The raw 32-byte Ed25519 private key."""
     seed: bytes = field(repr=False)
     """The seed of the swarm CA's key (design 6): scopes mDNS, the rendezvous key and the proofs."""
-    port: int = 0
-    """libp2p's own TCP port; 0 takes any free one."""
+    port: int | None = 0
+    """libp2p's own TCP port; 0 takes any free one; None: no libp2p at all."""
     mdns: bool = True
     rendezvous: bool = True
     advertise: tuple[str, ...] = ()
@@ -128,8 +137,16 @@ class Candidates:
     def __len__(self) -> int:
         return len(self._known)
 
-    def found(self, peer: bytes, addresses: Iterable[str], source: str, now: float) -> None:
-        """Take in that `peer` was seen; new addresses make it due at once."""
+    def found(
+        self,
+        peer: bytes,
+        addresses: Iterable[str],
+        source: str,
+        now: float,
+        *,
+        anew: bool = False,
+    ) -> None:
+        """Take in that `peer` was seen; new addresses, or another life, make it due at once."""
         told = tuple(dict.fromkeys(addresses))[: self._limits.addresses]
         old = self._known.pop(peer, None)
         if not told:
@@ -137,6 +154,8 @@ class Candidates:
         if old is None or set(told) - set(old.addresses):
             old = _Candidate(told, source, due=now)
         old.addresses = told
+        if anew:
+            old.due = min(old.due, now)
         self._known[peer] = old
         while len(self._known) > self._limits.candidates:
             self._known.popitem(last=False)
@@ -153,17 +172,24 @@ class Candidates:
         """Note how asking `peer` went: when to ask next."""
         if (candidate := self._known.get(peer)) is None:
             return
-        candidate.asked = False
-        candidate.failures = 0 if answered else candidate.failures + 1
-        again = self._limits.ask_again
-        if not answered:
-            again = min(again, self._limits.retry * 2 ** min(candidate.failures - 1, 20))
-        candidate.due = now + again * self._rng.uniform(0.75, 1.0)
+        candidate.asked, candidate.answered = False, answered
+        if answered:
+            candidate.failures, candidate.due = 0, math.inf
+        else:
+            pause = self._limits.retry * 2 ** min(candidate.failures, 20)
+            candidate.failures += 1
+            candidate.due = now + min(pause, self._limits.retry_max) * self._rng.uniform(0.75, 1.0)
 
-    def hurry(self, now: float) -> None:
-        """Make everybody due: the daemon has too few links."""
-        for candidate in self._known.values():
-            candidate.due = min(candidate.due, now)
+    def answered(self, peer: bytes) -> bool:
+        """Tell whether `peer` is of our run: it proved so when it was asked last."""
+        candidate = self._known.get(peer)
+        return candidate is not None and candidate.answered
+
+    def hurry(self, linked: Collection[bytes], now: float) -> None:
+        """Make everybody due but `linked`: the daemon has too few links."""
+        for peer, candidate in self._known.items():
+            if peer not in linked:
+                candidate.due = min(candidate.due, now)
 
 
 @dataclass(slots=True)
@@ -173,12 +199,13 @@ class _Candidate:
     due: float
     failures: int = 0
     asked: bool = False
+    answered: bool = False
 
 
 class Finder:
     """libp2p in a thread of its own. All methods are called on the asyncio loop's thread.
 
-    `state` is "off: …", "starting", "running" or "failed: …" – one line for `/status`.
+    `state` is "off", "off: …", "starting", "running" or "failed: …" – one line for `/status`.
     """
 
     def __init__(self, settings: FinderSettings) -> None:
@@ -204,6 +231,9 @@ class Finder:
         """Start the thread; returns at once. Must be called with a running asyncio loop."""
         if self._thread is not None:
             raise RuntimeError("a Finder starts once")
+        if self.settings.port is None:
+            self.state = "off"
+            return
         loop = asyncio.get_running_loop()
         self.state = "starting"
         self._thread = threading.Thread(
@@ -230,19 +260,19 @@ class Finder:
         """Enter the DHT through these libp2p multiaddrs (with /p2p); replaces earlier ones."""
         with self._shared:
             self._bootstrap = tuple(addresses)[: self.settings.limits.bootstrap]
-        self._nudge()
+        self._nudge(_Host.look)
 
-    def hurry(self) -> None:
-        """Look again now: the daemon has fewer links than it wants."""
-        if self._host is not None:
-            self._host.hurried = True
-        self._nudge()
+    def hurry(self, linked: Iterable[PeerId] = ()) -> None:
+        """Look again now: the daemon has fewer links than it wants. `linked` need not be asked."""
+        names = frozenset(_ED25519 + peer for peer in linked)
+        self._nudge(lambda host: host.hurry(names))
 
     # ------------------------------------------------------------ the thread
 
-    def _nudge(self) -> None:
-        if self._host is not None:
-            self._host.nudge()
+    def _nudge(self, then: "Callable[[_Host], None]" = lambda host: None) -> None:
+        """Let the thread look at what changed, after it has done `then`."""
+        if (host := self._host) is not None:
+            host.nudge(then)
 
     def _supervise(self, loop: asyncio.AbstractEventLoop) -> None:
         limits = self.settings.limits
@@ -299,28 +329,36 @@ class _Host:
         self.finder, self.settings = finder, finder.settings
         self.limits = finder.settings.limits
         self.hand_over = hand_over
-        self.hurried = False
+        self.look_now = False
         self.candidates = Candidates(self.limits, random.Random())
         self.answering = 0
         self.token: Any = None
         self.wake: Any = None
 
-    def nudge(self) -> None:
-        """Look at what the asyncio side changed. Called from its thread."""
+    def nudge(self, then: "Callable[[_Host], None]") -> None:
+        """Do `then` and look at what the asyncio side changed. Called from its thread."""
         trio = import_module("trio")
-        if self.token is not None:
-            try:
-                self.token.run_sync_soon(self._woken, idempotent=True)
-            except trio.RunFinishedError:
-                return
 
-    def _woken(self) -> None:
-        self.wake.set()
-        self.wake = import_module("trio").Event()
+        def woken() -> None:
+            then(self)
+            self.wake.set()
+            self.wake = trio.Event()
+
+        if self.token is not None:
+            with _ignored(trio.RunFinishedError):
+                self.token.run_sync_soon(woken)
+
+    def look(self) -> None:
+        """Begin the next round in the DHT now."""
+        self.look_now = True
+
+    def hurry(self, linked: Collection[bytes]) -> None:
+        """Ask everybody again but `linked`, and look for more."""
+        self.candidates.hurry(linked, import_module("trio").current_time())
+        self.look()
 
     async def main(self) -> None:
         import trio
-        from libp2p.tools.anyio_service import background_trio_service
         from multiaddr import Multiaddr
 
         self.wake = trio.Event()
@@ -331,17 +369,19 @@ class _Host:
         async with self.host.run(listen_addrs=listen):
             if not self.host.get_transport_addrs():
                 raise OSError(f"libp2p cannot listen on TCP port {self.settings.port}")
-            async with background_trio_service(self.dht), trio.open_nursery() as nursery:
+            # The DHT itself is not run: its hourly and ten-minute rounds would ask everybody it
+            # knows. What little they do for us, `_meet` and `_keep_house` do.
+            async with trio.open_nursery() as nursery:
                 self.host.set_stream_handler(CONTACT, self._on_contact)
                 nursery.start_soon(self.host.get_peerstore().start_cleanup_task, 300)
                 nursery.start_soon(self._keep_house)
                 nursery.start_soon(self._ask_all, nursery)
-                nursery.start_soon(self._enter_dht)
-                if self.settings.rendezvous:
-                    nursery.start_soon(self._meet)
+                nursery.start_soon(self._meet)
                 if self.settings.mdns:
                     nursery.start_soon(self._see_neighbours)
                 self.finder.state = "running"
+                own = [str(address) for address in self.host.get_addrs()]
+                log.info("libp2p listens", extra={"addresses": " ".join(own[:4])})
                 while not self.finder._stopping.is_set():
                     await self._rest(5.0)
                 with trio.move_on_after(1):  # libp2p itself would leave these to the collector
@@ -377,12 +417,8 @@ class _Host:
                 high_watermark=self.limits.connections,
                 max_connections_per_peer=2,
                 dial_timeout=self.limits.ask_timeout / 2,
-                # Without these a peer that lost power stays "connected" for ever.
-                enable_health_monitoring=True,
-                abort_connection_on_ping_failure=True,
-                health_initial_delay=5.0,
-                health_check_interval=3.0,
-                ping_timeout=2.0,
+                # A ping costs a kilobyte each way; `_close_idle` lets no connection grow old.
+                enable_health_monitoring=False,
             ),
         )
         host.get_network().retry_config.max_retries = 0  # `Candidates` decides about trying again
@@ -415,22 +451,37 @@ class _Host:
 
     async def _keep_house(self) -> None:
         """Keep bounds that libp2p does not keep, and the numbers on `/status`."""
-        import trio
-
+        ages: dict[Any, tuple[float, float]] = {}
         while True:
+            self.dht.provider_store.cleanup_expired()
             providers = self.dht.provider_store.providers
             for key in list(providers)[: max(0, len(providers) - self.limits.provider_keys)]:
                 del providers[key]
+            await self._close_idle(ages)
             self.finder.addresses = tuple(str(a) for a in self.host.get_addrs())
             self.finder.counts = {
                 "found": len(self.candidates),
                 "connected": len(self.host.get_connected_peers()),
                 "routing": self.dht.get_routing_table_size(),
             }
-            if self.hurried:
-                self.hurried = False
-                self.candidates.hurry(trio.current_time())
             await self._rest(2.0)
+
+    async def _close_idle(self, ages: dict[Any, tuple[float, float]]) -> None:
+        """Close connections on which nothing is said. `ages`: opened, and last seen in use."""
+        import trio
+
+        network, now = self.host.get_network(), trio.current_time()
+        connected = self.host.get_connected_peers()
+        for gone in ages.keys() - set(connected):
+            del ages[gone]
+        for peer in connected:
+            opened, used = ages.get(peer, (now, now))
+            if any(connection.get_streams() for connection in network.get_connections(peer)):
+                used = now
+            ages[peer] = opened, used
+            if now - used >= self.limits.linger or now - opened >= self.limits.longest:
+                with trio.move_on_after(1), _ignored(Exception):
+                    await network.close_peer(peer)
 
     # ------------------------------------------------------------ asking and answering
 
@@ -448,6 +499,7 @@ class _Host:
                     if hint is not None:
                         self.hand_over(hint)
                         break
+                    await self._give_up(peer)
                 self.candidates.settle(peer, hint is not None, trio.current_time())
 
         while True:
@@ -487,6 +539,14 @@ class _Host:
         with_id = f"{address}/p2p/{other}"
         return Hint(_key(peer), told[0], told[1], source, with_id)
 
+    async def _give_up(self, peer: bytes) -> None:
+        """Close what may be a connection to nobody, so that the next ask dials anew."""
+        import trio
+        from libp2p.peer.id import ID
+
+        with trio.move_on_after(1), _ignored(Exception):
+            await self.host.get_network().close_peer(ID(peer))
+
     async def _connect(self, other: Any, address: str) -> bool:
         """Dial exactly this address: the swarm itself would try only the first of a peer."""
         from multiaddr import Multiaddr
@@ -496,7 +556,6 @@ class _Host:
             network.unblock_peer(other)  # one failure would forbid every address for a minute
             self.host.get_peerstore().add_addrs(other, [Multiaddr(address)], 7200)
             await network.dial_addr(Multiaddr(address), other)
-        await self.dht.add_peer(other)
         return other in self.host.get_connected_peers()
 
     async def _on_contact(self, stream: Any) -> None:
@@ -528,56 +587,71 @@ class _Host:
 
     # ------------------------------------------------------------ the DHT
 
+    async def _meet(self) -> None:
+        """Enter the DHT; say there that we provide the run's key, and look who else does.
+
+        Rounds are frequent at first, when everybody starts, then rare; `look` asks for one now.
+        """
+        import trio
+
+        failed, pause = 0, self.limits.rendezvous
+        while True:
+            self.look_now = False
+            await self._enter_dht()
+            if useful := bool(self._strangers()):
+                rest, pause = pause, min(3 * pause, self.limits.rendezvous_max)
+                failed = 0
+            else:
+                rest = min(self.limits.retry * 2**failed, self.limits.retry_max)
+                failed = min(failed + 1, 20)
+            if useful and self.settings.rendezvous:
+                with trio.move_on_after(60):
+                    await self._one_round(rendezvous_key(self.settings.seed))
+            until = trio.current_time() + rest * random.uniform(0.75, 1.0)
+            while trio.current_time() < until and not self.look_now:
+                if not useful and self._strangers():
+                    break  # somebody else entered through us
+                await self._rest(min(1.0, max(0.0, until - trio.current_time())))
+
+    async def _one_round(self, key: bytes) -> None:
+        try:
+            await self.dht.provider_store.provide(key)
+            await self._look_up(key)
+        except Exception as error:  # as in `_ask`
+            log.debug("rendezvous failed", extra={"reason": _innermost(error)})
+
+    def _strangers(self) -> list[Any]:
+        """Return the DHT's nodes that are not of our run: those of it need no DHT to be found."""
+        routes = self.dht.routing_table.get_peer_ids()
+        return [peer for peer in routes if not self.candidates.answered(bytes(peer.to_bytes()))]
+
     async def _enter_dht(self) -> None:
-        """Stay connected to the bootstrap addresses; they may be of our run or of any other."""
+        """Connect to some bootstrap addresses; they may be of our run or of any other."""
         import trio
         from libp2p.peer.id import ID
 
-        pause = self.limits.retry
-        while True:
-            with self.finder._shared:
-                wanted = self.finder._bootstrap
-            missing = False
-            for address in wanted:
-                where, _, name = address.rpartition("/p2p/")
-                try:
-                    other = ID.from_string(name)
-                    if other == self.host.get_id() or other in self.host.get_connected_peers():
-                        continue
-                    missing = True
-                    for ip in await _resolved(where):
-                        with trio.move_on_after(self.limits.ask_timeout):
-                            if await self._connect(other, ip):
-                                self.candidates.found(
-                                    other.to_bytes(), [ip], "bootstrap", trio.current_time()
-                                )
-                                break
-                except Exception as error:  # as in `_ask`
-                    reason = _innermost(error)
-                    log.debug("bootstrap failed", extra={"address": address, "reason": reason})
-            pause = min(2 * pause, self.limits.ask_again) if missing else self.limits.retry
-            await self._rest(pause)
-
-    async def _meet(self) -> None:
-        """Say that we provide the run's key, and look who else does."""
-        import trio
-
-        key = rendezvous_key(self.settings.seed)
-        pause, provided, routes = self.limits.rendezvous, -1e9, 0
-        while True:
-            while not self.host.get_connected_peers():
-                await trio.sleep(0.25)
-            now, size = trio.current_time(), self.dht.get_routing_table_size()
-            with trio.move_on_after(60):
-                if now - provided > self.limits.provide_again or size > routes:
-                    # More routes: there may be nodes now that are closer to the key.
-                    await self.dht.provider_store.provide(key)
-                    provided, routes = now, size
-                await self._look_up(key)
-            pause = min(1.5 * pause, self.limits.rendezvous_max)
-            await self._rest(pause)
-            if self.hurried:
-                pause = self.limits.rendezvous
+        with self.finder._shared:
+            wanted = self.finder._bootstrap
+        entries = 0
+        for address in wanted:
+            if entries >= self.limits.entries:
+                return
+            where, _, name = address.rpartition("/p2p/")
+            try:
+                other = ID.from_string(name)
+                peer = bytes(other.to_bytes())
+                if other == self.host.get_id() or self.candidates.answered(peer):
+                    continue
+                for ip in await _resolved(where):
+                    with trio.move_on_after(self.limits.ask_timeout):
+                        if await self._connect(other, ip):
+                            await self.dht.add_peer(other)
+                            self.candidates.found(peer, [ip], "bootstrap", trio.current_time())
+                            entries += 1
+                            break
+            except Exception as error:  # as in `_ask`
+                reason = _innermost(error)
+                log.debug("bootstrap failed", extra={"address": address, "reason": reason})
 
     async def _look_up(self, key: bytes) -> None:
         import trio
@@ -611,7 +685,7 @@ class _Host:
 
     async def _neighbours_on(self, own: tuple[str, ...]) -> None:
         import trio
-        from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
+        from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
         kind = mdns_type(self.settings.seed)
         # A new name for every life: after a restart nobody is answered from a cache.
@@ -628,8 +702,10 @@ class _Host:
         )
         seen, names = trio.open_memory_channel[str](self.limits.candidates)
 
-        def changed(*, name: str, **_: object) -> None:  # on zeroconf's thread
-            with _ignored(trio.RunFinishedError):
+        def changed(*, name: str, state_change: object, **_: object) -> None:
+            if state_change is ServiceStateChange.Removed:
+                return
+            with _ignored(trio.RunFinishedError):  # on zeroconf's thread
                 self.token.run_sync_soon(offer, name)
 
         def offer(name: str) -> None:
@@ -670,7 +746,8 @@ class _Host:
                     by_peer.setdefault(key, []).append(where)
         for peer_id, addresses in list(by_peer.items())[:1]:
             if peer_id != self.me:
-                self.candidates.found(peer_id, addresses, "mdns", trio.current_time())
+                now = trio.current_time()
+                self.candidates.found(peer_id, addresses, "mdns", now, anew=True)
 
 
 # ---------------------------------------------------------------- values, no libp2p needed

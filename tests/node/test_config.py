@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.node.config import NodeConfig, RunFile, canonical, parse_shard, to_toml
+from shoal.node.config import (
+    NodeConfig,
+    RunFile,
+    canonical,
+    parse_libp2p,
+    parse_shard,
+    to_toml,
+)
 from shoal.node.errors import ConfigError
 
 BUILT_IN = """
@@ -181,6 +188,10 @@ def test_node_toml_keeps_what_the_command_line_said(
     assert NodeConfig.load(tmp_path / "node.toml") == config
     again = NodeConfig.load(tmp_path / "node.toml").merged({"advertise": ("/ip4/10.0.0.1/tcp/1",)})
     assert (again.advertise, again.shard) == (("/ip4/10.0.0.1/tcp/1",), "1/4")
+    for port in ("off", "4001", "0"):
+        again.merged({"libp2p": port}).save(tmp_path / "node.toml")
+        again = NodeConfig.load(tmp_path / "node.toml")
+        assert parse_libp2p(again.libp2p) == {"off": None, "4001": 4001, "0": 0}[port]
     assert NodeConfig.load(tmp_path / "none.toml") == NodeConfig()
 
 
@@ -190,6 +201,8 @@ def test_node_toml_keeps_what_the_command_line_said(
         ("threds = 3", "did you mean 'threads'"),
         ('advertise = "x"', "expected a list"),
         ('shard = "9/3"', "the last of 3"),
+        ('libp2p = "on"', "off, or a TCP port"),
+        ('libp2p_peer = ["/ip4/10.0.0.1/tcp/1"]', "libp2p address such as"),
         ('limits = "lam"', "did you mean 'lan'"),
         ("log_gigabytes = -1", "too small"),
         ('allow_task = "pkg"', "package.module:Factory"),

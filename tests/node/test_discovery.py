@@ -24,6 +24,10 @@ def at(n: int) -> list[str]:
     return [f"/ip4/203.0.113.{n}/tcp/7464"]
 
 
+def libp2p(n: int) -> str:
+    return f"/ip4/203.0.113.{n}/tcp/4001/p2p/{peer_text(peer(n))}"
+
+
 def book(limits: DiscoveryLimits = LIMITS) -> Book:
     return Book(peer(0), limits, random.Random(7))
 
@@ -152,25 +156,37 @@ def test_the_book_is_bounded_and_keeps_bootstrap_and_linked_peers() -> None:
 def test_remembered_peers_come_back_from_disk() -> None:
     it = book(DiscoveryLimits(remembered=2))
     for n in (1, 2, 3):
-        it.add(peer(n), at(n), Source.FOUND, now=0, libp2p=f"/ip4/203.0.113.{n}/tcp/4001/p2p/x")
+        it.add(peer(n), at(n), Source.FOUND, now=0, libp2p=libp2p(n))
     it.add(peer(4), at(4), Source.FOUND, now=0)
     for n in (1, 2, 3):
         it.due([peer(n)], wanted=0, now=n)
     written = it.remembered()
     assert [p for p, _ in written] == [peer(3), peer(2)]
     again = discovery()
-    assert again.recall(written) == [
-        "/ip4/203.0.113.3/tcp/4001/p2p/x",
-        "/ip4/203.0.113.2/tcp/4001/p2p/x",
-    ]
+    assert again.recall(written) == [libp2p(3), libp2p(2)]
+    assert dict(again.book.remembered()) == dict(written)  # before anybody was linked again
     suggested = again.book.due([], wanted=9, now=1e9)
     assert sorted(names(suggested)) == [2, 3]
     assert {s.addresses for s in suggested} == {tuple(at(2)), tuple(at(3))}
 
 
+def test_members_are_remembered_by_their_contact_records_and_libp2p_addresses() -> None:
+    it = book(DiscoveryLimits(remembered=3, addresses=2))
+    for n in (1, 2, 3, 4):
+        it.add(peer(n), at(n), Source.FOUND, now=0, libp2p=libp2p(n))
+        it.due([peer(n)], wanted=0, now=n)
+    told = (*at(101), *at(102), *at(103))
+    written = it.remembered([(peer(1), told), (peer(9), told)])
+    assert written == [
+        (peer(1), (told[0], libp2p(1))),
+        (peer(9), told[:2]),
+        (peer(4), (*at(4), libp2p(4))),
+    ]
+
+
 def test_a_damaged_memory_is_passed_over() -> None:
     again = discovery()
-    damaged = [(peer(1), ("", "x", "/ip4/1.2.3.4")), (peer(2), tuple(at(2)))]
+    damaged = [(peer(1), ("", "x", "/ip4/1.2.3.4", libp2p(3))), (peer(2), tuple(at(2)))]
     assert again.recall(damaged) == []
     assert names(again.book.due([], wanted=9, now=1e9)) == [2]
     again.recall([(peer(n), tuple(at(2))) for n in range(10_000)])
@@ -202,8 +218,9 @@ class Hints:
         self.hints: asyncio.Queue[Hint] = asyncio.Queue(8)
         self.hurried = 0
 
-    def hurry(self) -> None:
+    def hurry(self, linked: Iterable[PeerId]) -> None:
         self.hurried += 1
+        self.linked = set(linked)
 
 
 def discovery(
@@ -245,6 +262,7 @@ def test_it_dials_until_it_has_the_links_it_wants() -> None:
         assert world.dialled.count(4) >= 1  # its time-out ends the dial, nothing else
         assert hints.hurried >= 1
         world.outcomes[5] = Outcome.LINKED
+        assert hints.linked == world.links
         hints.hints.put_nowait(Hint(peer(5), tuple(at(5)), b"", "mdns", "/ip4/1.1.1.1/tcp/1/p2p/x"))
         await until(lambda: world.links == {peer(2), peer(5)}, task)
         told = dict(it.book.remembered())[peer(5)]
@@ -265,5 +283,28 @@ def test_with_enough_links_it_is_silent() -> None:
         assert hints.hurried == 0
         world.links.clear()
         await until(lambda: world.dialled == [1], task)
+
+    asyncio.run(main())
+
+
+def test_the_finder_is_hurried_ever_more_rarely_until_a_link_is_lost() -> None:
+    async def main() -> None:
+        world, hints, now = World({}), Hints(), [0.0]
+        world.links = {peer(1)}
+        it = discovery(world, wanted=3, limits=DiscoveryLimits(interval=0, hurry=10, hurry_max=80))
+        it._clock = lambda: now[0]
+        task = asyncio.create_task(it.run(hints))
+        at_all = []
+        for _ in range(400):
+            now[0] += 1
+            before = hints.hurried
+            for _ in range(5):
+                await asyncio.sleep(0)
+            at_all += [now[0]] * (hints.hurried - before)
+        assert len(at_all) == 7  # after 10, 20, 40, 80, 80, 80, 80
+        world.links.clear()
+        before = hints.hurried
+        now[0] += 10
+        await until(lambda: hints.hurried == before + 1, task)
 
     asyncio.run(main())

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from support.netns import Host, network
 
 from shoal.gossip.names import PeerId
+from shoal.node.traffic import SocketMeter, supported
 from shoal.node.transport import libp2p
 from shoal.node.transport.libp2p import (
     MISSING,
@@ -55,42 +56,48 @@ def candidates(limits: FinderLimits = LIMITS) -> Candidates:
     return Candidates(limits, random.Random(3))
 
 
-def test_candidates_are_asked_once_at_a_time_and_again_later() -> None:
+def test_candidates_are_asked_once_and_again_in_another_life() -> None:
     them = candidates()
     them.found(b"a", ["/ip4/1.1.1.1/tcp/1"], "mdns", now=0)
     assert them.due(0) == [(b"a", ("/ip4/1.1.1.1/tcp/1",), "mdns")]
     assert them.due(0) == []
+    assert not them.answered(b"a")
     them.settle(b"a", True, now=1)
-    assert them.due(0.7 * LIMITS.ask_again) == []
-    assert len(them.due(1 + LIMITS.ask_again)) == 1
+    assert them.answered(b"a")
+    assert not them.answered(b"b")
+    them.found(b"a", ["/ip4/1.1.1.1/tcp/1"], "mdns", now=2)
+    assert them.due(1e9) == []  # libp2p only finds: who answered is found
+    them.found(b"a", ["/ip4/1.1.1.1/tcp/1"], "mdns", now=3, anew=True)
+    assert len(them.due(3)) == 1
 
 
 def test_pauses_after_failures_double_and_new_addresses_end_them() -> None:
     them = candidates()
     them.found(b"a", ["/ip4/1.1.1.1/tcp/1"], "mdns", now=0)
     now, waits = 0.0, []
-    for _ in range(12):
+    for _ in range(14):
         began = now
         while not them.due(now):
             now += 0.5
         waits.append(now - began)
         them.settle(b"a", False, now=now)
     assert waits[1] <= LIMITS.retry + 0.5
-    assert max(waits) <= LIMITS.ask_again + 0.5
-    assert waits[-1] >= 0.75 * LIMITS.ask_again
+    assert max(waits) <= LIMITS.retry_max + 0.5
+    assert waits[-1] >= 0.75 * LIMITS.retry_max
     them.found(b"a", ["/ip4/1.1.1.1/tcp/1"], "mdns", now=now)
     assert them.due(now) == []
     them.found(b"a", ["/ip4/1.1.1.1/tcp/2"], "mdns", now=now)
     assert len(them.due(now)) == 1
 
 
-def test_hurry_makes_everybody_due() -> None:
+def test_hurry_makes_everybody_due_who_is_not_linked() -> None:
     them = candidates()
-    them.found(b"a", ["x"], "mdns", now=0)
-    them.due(0)
-    them.settle(b"a", True, now=0)
-    them.hurry(now=1)
-    assert len(them.due(1)) == 1
+    for peer in (b"a", b"b"):
+        them.found(peer, ["x"], "mdns", now=0)
+    for peer, _, _ in them.due(0):
+        them.settle(peer, True, now=0)
+    them.hurry({b"b"}, now=1)
+    assert [peer for peer, _, _ in them.due(1)] == [b"a"]
 
 
 def test_candidates_and_their_addresses_are_bounded() -> None:
@@ -211,6 +218,20 @@ def test_without_libp2p_the_state_says_how_to_get_it(monkeypatch: pytest.MonkeyP
         await finder.stop()
 
     monkeypatch.setattr(libp2p, "import_module", absent)
+    asyncio.run(main())
+
+
+def test_switched_off_it_does_nothing() -> None:
+    async def main() -> None:
+        finder = Finder(settings(1, port=None))
+        finder.announce(["/ip4/203.0.113.5/tcp/7464"])
+        finder.bootstrap(["/ip4/203.0.113.6/tcp/1/p2p/x"])
+        finder.start()
+        finder.hurry([identity(2)])
+        assert finder.state == "off"
+        assert finder._thread is None
+        await finder.stop()
+
     asyncio.run(main())
 
 
@@ -366,7 +387,54 @@ def test_a_bootstrap_peer_of_the_same_run_is_a_hint_itself() -> None:
         second.bootstrap(["/ip4/127.0.0.1/tcp/1/p2p/nonsense", *first.addresses])
         await until(lambda: identity(1) in swarm.told[1])
         assert swarm.told[1][identity(1)].source == "bootstrap"
-        await until(lambda: second.counts.get("connected") == 1)
+
+    with_swarm(scenario)
+
+
+@needs_libp2p
+@guest
+@pytest.mark.real
+@pytest.mark.skipif(not supported(), reason="this kernel does not count bytes per socket")
+def test_who_was_found_costs_nothing_more() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        quick = replace(LIMITS, linger=1.0)
+        first, second = await swarm.add(limits=quick), await swarm.add(limits=quick)
+        meter = SocketMeter()
+        second.bootstrap(first.addresses)
+        await until(lambda: identity(1) in swarm.told[1] and second.counts["connected"])
+        meter.sample()
+        assert meter.bytes_out > 0
+        both = (first, second)
+        await until(lambda: all(finder.counts["connected"] == 0 for finder in both))
+        meter.sample()
+        before = meter.bytes_out
+        for _ in range(30):
+            await asyncio.sleep(0.1)
+            meter.sample()
+        assert meter.bytes_out == before
+
+    with_swarm(scenario)
+
+
+@needs_libp2p
+@guest
+@pytest.mark.real
+def test_a_latecomer_meets_those_who_hold_no_connection_any_more() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        quick = replace(LIMITS, linger=0.5)
+        point = await swarm.add(OTHER, limits=quick)
+        first = await swarm.add(limits=quick)
+        first.bootstrap(point.addresses)
+        key = rendezvous_key(SEED)
+        await until(
+            lambda: point._host is not None and key in point._host.dht.provider_store.providers
+        )
+        await until(lambda: first.counts["connected"] == 0 == point.counts["connected"])
+        (await swarm.add(limits=quick)).bootstrap(point.addresses)
+        await until(lambda: identity(2) in swarm.told[2])
+        # The first looks only when it is told that links are missing.
+        first.hurry()
+        await until(lambda: identity(3) in swarm.told[1])
 
     with_swarm(scenario)
 
