@@ -17,6 +17,11 @@ from shoal.gossip.timers import Timers
 MOST_SOURCES = 8
 PULLS_PER_SOURCE = 4
 MOST_STORE_TRIES = 3
+MOST_FAILURES = 24
+"""Pulls of one payload that may fail, and looks for a source that may find none, before it is
+given up: the update is forgotten, and taken again when it is heard of again."""
+SURE = 16
+"""Waiting updates that every peer may have, however many those of others are."""
 
 
 @dataclass(slots=True)
@@ -28,6 +33,8 @@ class Fetch:
     sources: list[PeerId]
     source: PeerId | None = None
     """Who is sending it now."""
+    failures: int = 0
+    """Pulls that failed, and searches for a source in vain."""
 
 
 @dataclass(slots=True)
@@ -48,6 +55,8 @@ class Arrivals:
     full: bool = False
     """The log is full: nothing more can be held."""
     _count: int = 0
+    _shares: dict[PeerId, int] = field(default_factory=dict)
+    """How many of them are of one peer."""
     _active: int = 0
     _bytes: int = 0
     _busy: dict[PeerId, int] = field(default_factory=dict)
@@ -62,8 +71,14 @@ class Arrivals:
 
     def take(self, record: Record, update: Update, source: PeerId | None, *, own: bool) -> Taken:
         """Begin to get hold of a new update: pull its payload from `source` or store it at once."""
-        if not own and (self.full or self._count >= self.limits.unordered):
+        peer = update.author.peer
+        share = self._shares.get(peer, 0)
+        # What nobody delivers waits; a share of what is left keeps it from filling all the room.
+        if not own and (
+            self.full or share >= max(SURE, (self.limits.unordered - self._count) // 2)
+        ):
             return Taken.REFUSED
+        self._shares[peer] = share + 1
         self.waiting.setdefault(update.author, {})[update.number] = record
         self._count += 1
         self.heard_from[record.id] = {source} if source is not None else set()
@@ -149,8 +164,28 @@ class Arrivals:
         if fetch is None or fetch.source != peer:
             return False
         self._stopped(fetch)
+        fetch.failures += 1
         self.out.count("pull-failed")
         return not fetch.sources
+
+    def give_up(self, payload: Hash) -> list[Hash]:
+        """Forget a payload that nobody delivers; return the records that waited for it.
+
+        Empty while there is hope.
+        """
+        fetch = self.fetches[payload]
+        fetch.failures += 1
+        if fetch.failures < MOST_FAILURES or fetch.source is not None:
+            return []
+        del self.fetches[payload]
+        lost = []
+        for author, number in fetch.keys:
+            record = self.waiting.get(author, {}).get(number)
+            if record is not None and isinstance(record.statement, Update):
+                lost.append(record.id)
+                self._drop(record.statement)
+        self.out.count("given-up", len(lost))
+        return lost
 
     # ------------------------------------------------------------ storing
 
@@ -187,6 +222,10 @@ class Arrivals:
             return False
         self.heard_from.pop(record.id, None)
         self._count -= 1
+        peer = update.author.peer
+        self._shares[peer] -= 1
+        if not self._shares[peer]:
+            del self._shares[peer]
         if not numbers:
             del self.waiting[update.author]
         return True

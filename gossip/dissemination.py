@@ -13,6 +13,14 @@ from shoal.gossip.outbox import Outbox
 from shoal.gossip.records import Record
 from shoal.gossip.timers import Timers
 
+PUSH_INTERVAL = 0.05
+"""Seconds between two pushes on a link when records come fast: they travel together."""
+DUPLICATES = 2
+"""Surplus of duplicates at which a link is pruned."""
+NEWS_WEIGHT = 2
+"""Duplicates that one new record excuses."""
+PRUNE_INTERVAL = 0.05
+"""Seconds between two prunes of ours."""
 MOST_SOURCES = 4
 """Announcers remembered for one missing record."""
 
@@ -46,6 +54,11 @@ class Dissemination:
         if len(self._seen) > self.limits.seen // 2:
             self._seen_before, self._seen = self._seen, set()
 
+    def forget(self, record: Hash) -> None:
+        """Take this record again when it comes again: what was to come with it did not."""
+        self._seen.discard(record)
+        self._seen_before.discard(record)
+
     def link_up(self, peer: PeerId) -> None:
         """A link is open; it starts eager."""
         self.links[peer] = True
@@ -54,6 +67,7 @@ class Dissemination:
         """A link is gone."""
         self.links.pop(peer, None)
         self._queued.pop(peer, None)
+        self._duplicates.pop(peer, None)
 
     def forward(self, record: Record, source: PeerId | None, holders: set[PeerId]) -> None:
         """Pass a new record on to every link but its source and those known to hold it."""
@@ -62,12 +76,28 @@ class Dissemination:
             if peer == source or peer in holders:
                 continue
             if eager:
-                self.out.push(peer, record)
+                if self.now >= self._push_after:
+                    self.out.push(peer, record)
+                else:
+                    self._batches.setdefault(peer, []).append(record)
             else:
                 queue = self._queued.setdefault(peer, [])
                 if len(queue) < self.limits.recent:
                     queue.append(record.id)
                     self._wake_announcer()
+
+        if self._batches:
+            self.timers.hurry("push", self._push_after)
+        elif self.now >= self._push_after:
+            self._push_after = self.now + PUSH_INTERVAL
+
+    def _push(self) -> None:
+        self._push_after = self.now + PUSH_INTERVAL
+        batches, self._batches = self._batches, {}
+        for peer, records in batches.items():
+            if peer in self.links:
+                for record in records:
+                    self.out.push(peer, record)
 
     def remember(self, record: Record) -> None:
         """Keep a record to answer grafts."""
@@ -79,6 +109,12 @@ class Dissemination:
         if not self.timers.pending("announce"):
             self.timers.set("announce", self.now + self.limits.announce_interval)
 
+    _batches: dict[PeerId, list[Record]] = field(default_factory=dict)
+    """What waits for the next push."""
+    _push_after: float = 0.0
+    _duplicates: dict[PeerId, int] = field(default_factory=dict)
+    """Duplicates beyond what news excuse, by link."""
+    _prune_after: float = 0.0
     now: float = 0.0
     """Time of the current event."""
 
@@ -89,22 +125,31 @@ class Dissemination:
                 for peer, ids in self._queued.items():
                     self.out.send(peer, Announce(tuple(ids)))
                 self._queued = {}
+            case "push":
+                self._push()
             case "graft":
                 self._graft(Hash(whom))
             case _:
                 return False
         return True
 
-    def duplicate(self, peer: PeerId) -> None:
-        """`peer` pushed what we had already: let it only announce from now on."""
-        if self.links.get(peer):
+    def judge(self, peer: PeerId, news: int, duplicates: int) -> None:
+        """`peer` pushed so many records that we lacked and that we had.
+
+        A link that mostly brings duplicates is pruned, one at a time: with many authors at once
+        Plumtree's prune at the first duplicate cuts a cycle in two places, and grafts it again.
+        """
+        if peer not in self.links:
+            return
+        if news and not self.links[peer]:
+            self.links[peer] = True
+        score = max(0, self._duplicates.get(peer, 0) + duplicates - NEWS_WEIGHT * news)
+        self._duplicates[peer] = score
+        if score >= DUPLICATES and self.links[peer] and self.now >= self._prune_after:
+            self._prune_after = self.now + PRUNE_INTERVAL
+            self._duplicates[peer] = 0
             self.links[peer] = False
             self.out.send(peer, Prune())
-
-    def useful(self, peer: PeerId) -> None:
-        """`peer` pushed what we did not have: its link belongs to the tree."""
-        if peer in self.links:
-            self.links[peer] = True
 
     def on_prune(self, peer: PeerId) -> None:
         """`peer` gets our records from somebody else."""
@@ -132,10 +177,15 @@ class Dissemination:
         if not sources:
             del self._absent[record]
             return
-        peer = sources.pop(0)
-        self.timers.set("graft", self.now + self.limits.graft_timeout, record)
-        self.useful(peer)
-        self.out.send(peer, Graft((record,)))
+        peer = sources[0]
+        # One question for all that this peer has and that is late.
+        late = [r for r, s in self._absent.items() if s and s[0] == peer]
+        for one in late[: self.limits.push_records]:
+            self._absent[one].pop(0)
+            self.timers.set("graft", self.now + self.limits.graft_timeout, one)
+        if peer in self.links:
+            self.links[peer] = True
+        self.out.send(peer, Graft(tuple(late[: self.limits.push_records])))
 
     def on_graft(self, peer: PeerId) -> None:
         """`peer` wants our records pushed."""

@@ -17,6 +17,9 @@ from shoal.gossip.records import Update
 
 _LINE = struct.Struct(">32sQII32s")
 
+SURE = 16
+"""Updates above a hole that every log may have, however many those of others are."""
+
 Counts = tuple[tuple[Author, int], ...]
 """A version vector as it travels: sorted by author, zero counts left out."""
 
@@ -197,7 +200,9 @@ class Frontier:
             return Taken.KNOWN if same else Taken.CONFLICT
         if number in log.above:
             return Taken.KNOWN if log.above[number][0] == record else Taken.CONFLICT
-        if number > log.count + 1 and self._unordered >= self._most_unordered:
+        # A share of what is left, so that one author's holes leave room for those of others.
+        share = max(SURE, (self._most_unordered - self._unordered) // 2)
+        if number > log.count + 1 and len(log.above) >= share:
             return Taken.REFUSED
         return Taken.NEW
 

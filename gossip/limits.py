@@ -129,6 +129,8 @@ class Limits:
     """Token bucket per peer, burst of four seconds."""
     bytes_per_second: float = 64 << 20
     """Token bucket per peer for messages on links (payloads are asked for and not counted)."""
+    questions_per_second: float = 1000.0
+    """Records that one peer may ask for, burst of twenty seconds; it may ask again for the rest."""
     updates_per_minute: float = 600.0
     """Updates of one author beyond this rate are delayed."""
 

@@ -13,7 +13,7 @@ the later one stops publishing; if both named each other first, both stop.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import log, log10
 
@@ -21,10 +21,21 @@ from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Ack, Nack, Ping, PingRequest
 from shoal.gossip.names import PeerId
 from shoal.gossip.outbox import Outbox
-from shoal.gossip.records import Alive, Contact, Leave, Record, Standing, Statement, Suspect
+from shoal.gossip.records import (
+    HIGHEST,
+    Alive,
+    Contact,
+    Leave,
+    Record,
+    Standing,
+    Statement,
+    Suspect,
+)
 from shoal.gossip.timers import Timers
 from shoal.gossip.view import View
 
+LEAP = 1 << 32
+"""A doubt so far above what its subject has stated is a lie, told to use up all incarnations."""
 MOST_HURRIED = 64
 MOST_RTTS = 64
 MOST_RELAYS = 256
@@ -139,13 +150,13 @@ class Membership:
 
     def say_alive(self, above: int = 0) -> None:
         """State our standing at an incarnation above everything heard."""
-        self.incarnation = max(self.incarnation, above) + 1
+        self.incarnation = min(max(self.incarnation, above) + 1, HIGHEST)
         self.publish(Alive(self.me, self.incarnation, self.boot, self.standing, self.named))
 
     def say_contact(self, above: int = 0) -> None:
         """State our addresses."""
         if self.contact is not None:
-            self.sequence = max(self.sequence, above) + 1
+            self.sequence = min(max(self.sequence, above) + 1, HIGHEST)
             self.publish(Contact(self.me, self.sequence, *self.contact))
 
     def stand(self, standing: Standing) -> None:
@@ -158,7 +169,7 @@ class Membership:
     def leave(self) -> None:
         """Say good-bye."""
         self.leaving = True
-        self.incarnation += 1
+        self.incarnation = min(self.incarnation + 1, HIGHEST)
         self.publish(Leave(self.me, self.incarnation))
 
     def _heard_of_me(self, alive: Alive) -> None:
@@ -209,7 +220,7 @@ class Membership:
             return False
         if not self._is_news(peer, (alive.incarnation, alive.boot)):
             return False
-        if peer not in self.view.alive and len(self.view.alive) >= self.limits.members:
+        if peer not in self.view.alive and not self._room(self.view.alive):
             self.out.count("view-full")
             return False
         met = peer in self.view.alive
@@ -240,6 +251,11 @@ class Membership:
                 self.timers.hurry("outbid", now)
             return False
         gone = peer in self.view.left
+        if leave.incarnation == self.forgotten.get(peer) and peer not in self.view.alive:
+            return False
+        if not gone and peer not in self.view.alive and not self._room(self.view.left):
+            self.out.count("view-full")
+            return False
         known = max(self.view.incarnation(peer), self.forgotten.get(peer, 0))
         if leave.incarnation < known or (gone and leave.incarnation == known):
             return False
@@ -263,7 +279,8 @@ class Membership:
                 self.sequence = contact.sequence
                 self.timers.hurry("outbid", self._now)
             return False
-        if held is None and len(self.view.contacts) >= self.limits.members:
+        if held is None and not self._room(self.view.contacts):
+            self.out.count("view-full")
             return False
         if held is not None and isinstance(held.statement, Contact):
             if contact.sequence < held.statement.sequence:
@@ -282,7 +299,7 @@ class Membership:
             return False
         if peer in self.failed or not self.view.lives(peer):
             return False
-        if suspect.incarnation < self.view.incarnation(peer):
+        if not 0 <= suspect.incarnation - self.view.incarnation(peer) < LEAP:
             return False
         doubt = self.suspicions.get(peer)
         if doubt is None or suspect.incarnation > doubt.incarnation:
@@ -348,7 +365,7 @@ class Membership:
 
     def refute(self, incarnation: int) -> None:
         """Somebody doubts us at `incarnation`: outbid that (and mind our own health)."""
-        if incarnation >= self.incarnation and not self.leaving:
+        if 0 <= incarnation - self.incarnation < LEAP and not self.leaving:
             self._feel(+1)
             self.say_alive(incarnation)
 
@@ -558,6 +575,16 @@ class Membership:
             del self.forgotten[next(iter(self.forgotten))]
         self.view.drop(peer)
         self.out.happened("forgotten", peer)
+
+    def _room(self, records: Mapping[PeerId, Record]) -> bool:
+        """Say whether there is room for one peer more: who left or failed first makes way."""
+        for gone in (self.view.left, self.failed):
+            while len(records) >= self.limits.members:
+                peer = next((p for p in gone if p in records and not self.view.lives(p)), None)
+                if peer is None:
+                    break
+                self._forget(peer)
+        return len(records) < self.limits.members
 
     def others(self) -> Iterator[PeerId]:
         """Yield the living members apart from ourselves, sorted."""

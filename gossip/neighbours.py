@@ -11,6 +11,8 @@ from shoal.gossip.records import Contact
 from shoal.gossip.timers import Timers
 from shoal.gossip.topology import Topology, wanted
 
+LAST_WORD = 1.0
+"""Seconds that a peer has on a link for which there is no room."""
 BACKOFF_MAX = 60.0
 PATIENCE = 3
 """Topology intervals before we dial who should dial us, and before a surplus link is closed."""
@@ -42,10 +44,16 @@ class Neighbours:
         self._failures.pop(peer, None)
         self._not_before.pop(peer, None)
         if len(self.links) >= self.limits.neighbours and peer not in self.links:
-            self.out.add(Disconnect(peer, "no room for more links"))
+            # It may know nobody else: let it ask who is here before the link closes.
+            self.timers.set("refuse", now + LAST_WORD, peer)
             return False
         self.links[peer] = now
         return True
+
+    def refuse(self, peer: PeerId) -> None:
+        """Close a link for which there is no room."""
+        if peer not in self.links:
+            self.out.add(Disconnect(peer, "no room for more links"))
 
     def down(self, peer: PeerId, now: float) -> bool:
         """A link is gone or could not be opened; say whether there was one."""

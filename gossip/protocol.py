@@ -67,6 +67,7 @@ from shoal.gossip.names import Author, Hash, Key, PeerId
 from shoal.gossip.neighbours import Neighbours
 from shoal.gossip.outbox import Outbox
 from shoal.gossip.records import (
+    HIGHEST,
     Alive,
     Contact,
     Leave,
@@ -81,7 +82,8 @@ from shoal.gossip.records import (
 )
 from shoal.gossip.repair import Repair
 from shoal.gossip.run import Held, Run
-from shoal.gossip.score import Bucket, Scores
+from shoal.gossip.score import Rates, Scores
+from shoal.gossip.strangers import Strangers
 from shoal.gossip.timers import Timers
 from shoal.gossip.turns import Turns
 from shoal.gossip.view import View
@@ -90,8 +92,14 @@ CATCH_UP_PATIENCE = 20
 """A joiner that others have answered waits so many `join_patience` for what they hold."""
 LAST_WORD = 1.0
 """Seconds in which an accused peer may read the proof before its link is closed."""
-ASK_AGAIN = 2.0
-"""Seconds until an admission is asked for again."""
+MOST_TURN = 1 << 31
+"""A joiner does not believe in larger turns: its own numbering must not run out."""
+REBUILD_INTERVAL = 600.0
+"""Seconds between rebuilds that others' statements make us do: no liar shall keep us at it."""
+STATEMENTS = (2.0, 20.0)
+"""Statements of progress heard of one peer: in a second, and at once."""
+UNKNOWN_LOGS = 512
+"""Logs in such a statement beyond twice those that we know of: what is longer cannot be used."""
 COMPARERS = 64
 """So many members compare one statement of fingerprint, on average."""
 PUBLISHING = (Standing.TRAINING,)
@@ -179,10 +187,14 @@ class Protocol:
         """Peers of whom a proof of equivocation is known."""
         self.paused = self.joined = self.diverged = False
         self._kept: set[PeerId] = set(held.admissions)
-        self._strangers: dict[PeerId, list[tuple[PeerId, Record]]] = {}
-        self._asked_admission: dict[PeerId, float] = {}
+        self._strangers = Strangers(limits)
         self._new_logs: dict[PeerId, float] = {}
-        self._rates: dict[PeerId, Bucket] = {}
+        per_minute = limits.updates_per_minute
+        self._updates = Rates(per_minute / 60, per_minute, limits.members)
+        self._statements = Rates(*STATEMENTS, limits.members)
+        per_second = limits.questions_per_second
+        self._questions = Rates(per_second, 20 * per_second, limits.members)
+        self._rebuilt = float("-inf")
         self._sequence = 0
         self._stated: int = -1
         self._started = 0.0
@@ -309,7 +321,7 @@ class Protocol:
             said = self.agreement.statements.get(peer)
             turn = max(latest.get(peer, 0), said.report.turn if said else 0)
             if turn or standing in (Standing.JOINING, Standing.TRAINING):
-                stated.append(turn)
+                stated.append(min(turn, self.run.turns or MOST_TURN))
         self.turns.next = max(own + 1, pacing.first_turn(self.run.pace, stated), self.turns.next)
         self.membership.stand(self._standing())
 
@@ -342,7 +354,9 @@ class Protocol:
                 case "patience":
                     self._lose_patience(now)
                 case "pull":
-                    self._find_sources(Hash(whom))
+                    self._find_sources(Hash(whom), now)
+                case "refuse":
+                    self.neighbours.refuse(PeerId(whom))
                 case "shun":
                     self.out.add(Disconnect(PeerId(whom), "equivocation", self.limits.ban))
                 case _:
@@ -407,7 +421,10 @@ class Protocol:
                 self._on_announce(peer, ids)
             case Graft(ids):
                 self.dissemination.on_graft(peer)
-                self.repair.on_graft(peer, ids)
+                if self._questions.take(peer, min(len(ids), self.limits.push_records), now):
+                    self.repair.on_graft(peer, ids)
+                else:
+                    self.out.count("question-delayed")
             case Prune():
                 self.dissemination.on_prune(peer)
             case AskAdmission(peers):
@@ -416,7 +433,10 @@ class Protocol:
                 if subject in self._strangers:
                     self._admit(subject, admission, now)
             case _:
-                self.repair.on_message(peer, message, now)
+                if self._questions.take(peer, self.repair.cost(message), now):
+                    self.repair.on_message(peer, message, now)
+                else:
+                    self.out.count("question-delayed")
 
     def _on_push(self, peer: PeerId, push: Push, now: float) -> None:
         asked = self.repair.answering(peer, now)
@@ -425,10 +445,8 @@ class Protocol:
             self._blame(peer, "flood", now)
             return
         news = [self._take(record, peer, now, asked=asked) for record in push.records]
-        if any(news):
-            self.dissemination.useful(peer)
-        elif news and not asked:
-            self.dissemination.duplicate(peer)
+        if not asked:  # an answer says nothing about the tree
+            self.dissemination.judge(peer, sum(news), len(news) - sum(news))
 
     def _on_announce(self, peer: PeerId, ids: tuple[Hash, ...]) -> None:
         self.dissemination.on_announce(peer, ids[: self.limits.recent])
@@ -443,20 +461,17 @@ class Protocol:
 
     def _admit(self, peer: PeerId, admission: bytes, now: float) -> None:
         self.admissions[peer] = admission
-        self._asked_admission.pop(peer, None)
-        for sender, record in self._strangers.pop(peer, []):
+        if len(self.admissions) > len(self._kept) + 2 * self.limits.members:
+            # Who has published nothing can be asked about again.
+            del self.admissions[next(p for p in self.admissions if p not in self._kept)]
+        for sender, record in self._strangers.take(peer):
             self._take(record, sender, now, asked=True)
 
     def _hold(self, subject: PeerId, sender: PeerId, record: Record, now: float) -> None:
         """Keep a record of a peer we never met until we know how it was admitted."""
-        if sum(map(len, self._strangers.values())) >= self.limits.held_records:
+        if not self._strangers.hold(subject, sender, record):
             self.out.count("stranger-dropped")
-            return
-        held = self._strangers.setdefault(subject, [])
-        if all(record.id != other.id for _, other in held):
-            held.append((sender, record))
-        if now - self._asked_admission.get(subject, float("-inf")) >= ASK_AGAIN:
-            self._asked_admission[subject] = now
+        elif self._strangers.ask(subject, now):
             self.out.send(sender, AskAdmission((subject,)))
 
     def _vouch(self, asker: PeerId, peers: tuple[PeerId, ...]) -> None:
@@ -478,6 +493,8 @@ class Protocol:
         if self.dissemination.seen(record.id):
             if isinstance(statement, Update):
                 self.arrivals.also(sender, record.id, statement)
+            if not asked:
+                self.out.count("duplicate")
             return False
         subject = _subject(statement)
         if isinstance(statement, Contact):
@@ -492,7 +509,7 @@ class Protocol:
             case Proof():
                 return self._take_proof(record, statement, sender)
             case Progress():
-                return self._take_progress(record, statement, sender)
+                return self._take_progress(record, statement, sender, now)
             case _:
                 return self._take_membership(record, sender, now)
 
@@ -505,10 +522,19 @@ class Protocol:
             self.out.push(sender, newer)
         return news
 
-    def _take_progress(self, record: Record, progress: Progress, sender: PeerId) -> bool:
+    def _take_progress(
+        self, record: Record, progress: Progress, sender: PeerId, now: float
+    ) -> bool:
         self.dissemination.see(record.id)
         if progress.peer == self.me:
             self._sequence = max(self._sequence, progress.sequence)
+            return False
+        known = len(self.frontier.logs)
+        if len(progress.frontier) > UNKNOWN_LOGS + 2 * known or progress.peer not in self.view.alive:
+            self.out.count("progress-ahead")
+            return False
+        if not self._statements.take(progress.peer, 1, now):
+            self.out.count("progress-delayed")
             return False
         # In a large swarm each statement is compared by some, not by all: the cost is members².
         compare = self.rng.random() * len(self.view.ring) < COMPARERS
@@ -544,12 +570,13 @@ class Protocol:
             if now - self._new_logs.get(peer, float("-inf")) < limits.log_interval:
                 self.out.count("log-delayed")
                 return True
+            self._new_logs.pop(peer, None)
             self._new_logs[peer] = now
+            if len(self._new_logs) > limits.members:
+                del self._new_logs[next(iter(self._new_logs))]
         if asked:
             return False
-        rate = limits.updates_per_minute
-        bucket = self._rates.setdefault(peer, Bucket(rate, now))
-        if bucket.take(1, rate / 60, rate, now):
+        if self._updates.take(peer, 1, now):
             return False
         self.out.count("update-delayed")
         return True
@@ -594,15 +621,25 @@ class Protocol:
             self.arrivals.store_failed(record, update, reason)
 
     def _on_pull_failed(self, peer: PeerId, payload: Hash, reason: str, now: float) -> None:
+        if reason in ("timeout", "not found"):
+            # Only who has a payload passes its update on.
+            self._blame(peer, reason, now)
         if self.arrivals.failed(peer, payload):
             self.timers.set("pull", now + 2 * self.limits.graft_timeout, payload)
 
-    def _find_sources(self, payload: Hash) -> None:
+    def _find_sources(self, payload: Hash, now: float) -> None:
         """All known sources of a payload failed: try whoever has stated to hold it."""
-        if fetch := self.arrivals.fetches.get(payload):
-            author, number = fetch.keys[0]
-            for peer in sorted(self.repair.holders(author, number)):
-                self.arrivals.holds(peer, author, number)
+        fetch = self.arrivals.fetches.get(payload)
+        if fetch is None:
+            return
+        if lost := self.arrivals.give_up(payload):
+            for record in lost:
+                self.dissemination.forget(record)
+            return
+        author, number = fetch.keys[0]
+        for peer in sorted(self.repair.holders(author, number)):
+            self.arrivals.holds(peer, author, number)
+        self.timers.set("pull", now + 2 * self.limits.graft_timeout, payload)
 
     # ------------------------------------------------------------ equivocation
 
@@ -617,6 +654,10 @@ class Protocol:
 
     def _take_proof(self, record: Record, proof: Proof, sender: PeerId | None) -> bool:
         self.dissemination.see(record.id)
+        known = proof.author in self.frontier.logs
+        if not known and len(self.frontier.logs) >= self.limits.logs:
+            self.out.count("proof-refused")
+            return False
         if not self._note_proof(record, proof):
             return False
         self.out.add(Store(record))
@@ -672,7 +713,7 @@ class Protocol:
         at = self.frontier.hash_at(dict(applied))
         if self.agreement.fingerprint is None or at is None or not self.agreement.clean():
             return
-        self._sequence += 1
+        self._sequence = min(self._sequence + 1, HIGHEST)
         self._stated = self.frontier.version
         self._publish(
             Progress(
@@ -696,8 +737,8 @@ class Protocol:
         wrong, agreement = self.agreement.check(self.rows), self.agreement
         for peer in wrong:
             self.out.count("disagreement")
-            if not self.turns.rebuilt:
-                self.turns.rebuild = True
+            if not self.turns.rebuilt and self._now - self._rebuilt >= REBUILD_INTERVAL:
+                self.turns.rebuild, self._rebuilt = True, self._now
                 continue
             agreement.strikes[peer] = agreement.strikes.get(peer, 0) + 1
             if agreement.strikes[peer] >= STRIKES and not self.diverged:

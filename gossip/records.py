@@ -10,6 +10,10 @@ from enum import Enum
 from shoal.gossip.names import Author, Hash, PeerId
 
 
+HIGHEST = (1 << 63) - 1
+"""Largest incarnation and sequence number: what is above is no record."""
+
+
 class Standing(Enum):
     """What a member says it is doing; only `TRAINING` members publish and count in the weight w."""
 

@@ -72,8 +72,6 @@ class Repair:
     dissemination: Dissemination
     recall: Callable[[Key], Record | None]
     links: dict[PeerId, Link] = field(default_factory=dict)
-    most: dict[Author, int] = field(default_factory=dict)
-    """The largest count anybody has stated."""
     rounds: int = 0
     """Statements of others taken in whole: 0 means that we know nothing yet."""
     targets: dict[Author, int] = field(default_factory=dict)
@@ -158,6 +156,9 @@ class Repair:
                 pass
 
     def _on_digest(self, peer: PeerId, digest: Digest, now: float) -> None:
+        if len(digest.entries) > self.limits.logs:
+            self.out.count("digest-oversize")
+            return
         follows = self._note(peer, digest)
         self._learn(peer, digest.entries, now)
         if digest.frontier_hash == self.frontier.hash:
@@ -177,6 +178,9 @@ class Repair:
             return True
         for entry in digest.entries:
             link.heard[entry.author] = entry
+        if len(link.heard) > self.limits.logs:
+            # No frontier is so long: forget what it says, ask for the whole.
+            link.heard = {}
         return entries_hash(link.heard[a] for a in sorted(link.heard)) == digest.frontier_hash
 
     def _same(self, peer: PeerId) -> None:
@@ -228,8 +232,6 @@ class Repair:
                 elif not entry.closed and not log.closed:
                     self._seek_fork(peer, entry.author, 0, entry.count)
                 continue
-            if entry.count > self.most.get(entry.author, 0):
-                self.most[entry.author] = entry.count
             self.arrivals.holds(peer, entry.author, entry.count)
             wants += self._wants(entry.author, entry.count, now)
         for want in wants[: self.limits.wants]:
@@ -269,12 +271,29 @@ class Repair:
         }
 
     def lag(self) -> int:
-        """Return how many updates others have stated that we do not hold."""
-        frontier = self.frontier
+        """Return how many updates our neighbours state to hold that we do not."""
+        frontier, most = self.frontier, dict[Author, int]()
+        for link in self.links.values():
+            for author, entry in link.heard.items():
+                if entry.count > frontier.count(author):
+                    most[author] = max(most.get(author, 0), entry.count)
         return sum(
             max(0, (min(n, c - 1) if (c := frontier.closed(a)) else n) - frontier.count(a))
-            for a, n in self.most.items()
+            for a, n in most.items()
         )
+
+    def cost(self, question: Message) -> int:
+        """Return about how many records it takes to answer."""
+        match question:
+            case Want(author, first, last):
+                last = min(last, self.frontier.count(author))
+                return 1 + max(0, min(last - first + 1, self.limits.push_records))
+            case Digest() | AskDigest():
+                return 1 + len(self.frontier.authors()) // 16
+            case ViewDigest() | ViewIds():
+                return 1 + self.view.size() // 4
+            case _:
+                return 1
 
     # ------------------------------------------------------------ updates asked for
 

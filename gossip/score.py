@@ -18,7 +18,8 @@ WEIGHTS = {
     "rules": -5.0,
     "flood": -2.0,
     "replay": -1.0,
-    "timeout": -1.0,
+    "timeout": -5.0,
+    "not found": -5.0,
 }
 """What a misdeed costs, by reason; an unknown reason costs `OTHER`."""
 OTHER = -5.0
@@ -39,6 +40,24 @@ class Bucket:
             return False
         self.tokens -= amount
         return True
+
+
+@dataclass(slots=True)
+class Rates:
+    """A token bucket per peer, for so many peers: the ones not heard of longest are forgotten."""
+
+    rate: float
+    burst: float
+    most: int
+    peers: dict[PeerId, Bucket] = field(default_factory=dict)
+
+    def take(self, peer: PeerId, amount: float, now: float) -> bool:
+        """Take `amount` of this peer's tokens if they are there."""
+        bucket = self.peers.pop(peer, None) or Bucket(self.burst, now)
+        self.peers[peer] = bucket
+        if len(self.peers) > self.most:
+            del self.peers[next(iter(self.peers))]
+        return bucket.take(amount, self.rate, self.burst, now)
 
 
 @dataclass(slots=True)

@@ -273,6 +273,8 @@ class Seen:
     details: dict[str, str | int | float]
 
 
+_DISCOVER = Fault("discover", 0.0)
+"""A daemon without links looks for the swarm again."""
 _ORDERS: dict[str, ev.Event] = {
     "pause": ev.Pause(),
     "resume": ev.Resume(),
@@ -378,7 +380,7 @@ class Simulator:
         """Dial somebody who is up, as the daemon's discovery would."""
         others = [p for p in self.peers if p.up and p is not peer and self._reaches(p, peer)]
         if others:
-            other = others[0] if not peer.life else self.rng.choice(others)
+            other = others[0] if not self.now else self.rng.choice(others)
             self._connect(peer, ev.Connect(other.id, ()))
 
     def _worker_up(self, peer: SimPeer) -> None:
@@ -404,12 +406,15 @@ class Simulator:
                 next_question = at + 1.0
                 if stop(self):
                     return True
-            if isinstance(event, Fault):
+            if isinstance(event, Fault) and event is not _DISCOVER:
                 self._strike(event)
                 continue
             peer = self.peers[index]
             if peer.life == life and peer.up:
-                self._happen(peer, event)
+                if not isinstance(event, Fault):
+                    self._happen(peer, event)
+                elif not peer.links:
+                    self._bootstrap(peer)
         self.now = max(self.now, until)
         return stop is not None and stop(self)
 
@@ -419,6 +424,8 @@ class Simulator:
             return
         self.steps += 1
         name = type(event).__name__
+        if isinstance(event, ev.LinkDown) and not peer.links:
+            self._push(self.now + 2 + 3 * self.rng.random(), peer.index, _DISCOVER, peer.life)
         if isinstance(event, ev.Received):
             name = type(event.message).__name__
         self._trace.update(struct.pack("<dI", self.now, peer.index) + name.encode())
