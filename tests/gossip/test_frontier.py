@@ -134,13 +134,15 @@ def test_a_frontier_not_reached_has_no_hash() -> None:
 
 
 def test_updates_above_holes_are_bounded() -> None:
-    frontier = Frontier(unordered=3)
-    taken = [frontier.add(*update(author(0), n)) for n in (3, 4, 5, 6)]
-    assert taken == [Taken.NEW, Taken.NEW, Taken.NEW, Taken.REFUSED]
-    for n in (1, 2):
-        assert frontier.add(*update(author(0), n)) is Taken.NEW
-    assert frontier.count(author(0)) == 5
-    assert frontier.add(*update(author(0), 7)) is Taken.NEW, "the holes closed: there is room"
+    frontier = Frontier(unordered=100)
+    taken = [frontier.add(*update(author(0), n)) for n in range(2, 100)]
+    fits = taken.count(Taken.NEW)
+    assert taken == [Taken.NEW] * fits + [Taken.REFUSED] * (98 - fits)
+    assert 16 <= fits <= 50
+    assert frontier.add(*update(author(1), 5)) is Taken.NEW, "one author leaves room for others"
+    assert frontier.add(*update(author(0), 1)) is Taken.NEW
+    assert frontier.count(author(0)) == fits + 1
+    assert frontier.add(*update(author(0), fits + 9)) is Taken.NEW, "the hole closed: there is room"
 
 
 def test_logs_are_bounded() -> None:
