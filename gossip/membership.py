@@ -143,10 +143,25 @@ class Membership:
         self.view.list(self.me)
         self.changes += 1
         self.contact = (addresses, admission)
-        self.say_contact()
-        self.say_alive()
+        if not self._known_already():
+            self.say_contact()
+            self.say_alive()
         self._draw_stride()
         self.timers.set("probe", now + self.rng.random() * self.limits.probe_interval)
+
+    def _known_already(self) -> bool:
+        """Say whether the view we start with says of us what we would (large simulations)."""
+        alive, contact = self.view.alive.get(self.me), self.view.contacts.get(self.me)
+        if alive is None or contact is None:
+            return False
+        said, where = alive.statement, contact.statement
+        if not isinstance(said, Alive) or not isinstance(where, Contact):
+            return False
+        same = (said.boot, said.standing) == (self.boot, self.standing)
+        if same and self.contact == (where.addresses, where.admission):
+            self.incarnation, self.sequence = said.incarnation, where.sequence
+            return True
+        return False
 
     def say_alive(self, above: int = 0) -> None:
         """State our standing at an incarnation above everything heard."""

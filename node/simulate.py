@@ -340,14 +340,16 @@ class Simulator:
     def _core(self, index: int, peer: PeerId, log: int, held: Held) -> Protocol:
         run = replace(self.run_, observe=True) if index in self._observers else self.run_
         rng = random.Random(self.rng.getrandbits(64))
-        boot = self.rng.getrandbits(64)
+        boot = index if self._shared and not self.now else self.rng.getrandbits(64)
         return Protocol(run, peer, log, boot, self._seal, rng, self.limits, held)
 
     def _full_view(self, peers: int) -> View:
         view = View()
         for i in range(peers):
             peer = fake_peer(i, self.seed)
-            view.put(self._seal(Alive(peer, 1, i, Standing.TRAINING)))
+            observes = i in self._observers
+            standing = Standing.OBSERVING if observes else Standing.TRAINING
+            view.put(self._seal(Alive(peer, 1, i, standing)))
             view.put(self._seal(Contact(peer, 1, (str(i),), b"admitted")))
         view.ring = sorted(view.alive)
         return view
