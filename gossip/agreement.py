@@ -16,6 +16,8 @@ from shoal.gossip.records import Progress
 
 Fingerprint = tuple[int, int]
 LANE = (1 << 64) - 1
+MOST_RULES = 32
+"""Rules counted one by one."""
 MOST_CHECKS = 8
 """Statements compared after one step of the model: the check is spread, not skipped."""
 STRIKES = 3
@@ -30,7 +32,7 @@ class Agreement:
     applied: dict[Author, int] = field(default_factory=dict)
     fingerprint: Fingerprint | None = None
     refused: dict[str, int] = field(default_factory=dict)
-    """Updates that count zero, by reason."""
+    """Updates that count zero, by the rule they break."""
     statements: dict[PeerId, Progress] = field(default_factory=dict)
     verdicts: dict[PeerId, bool] = field(default_factory=dict)
     strikes: dict[PeerId, int] = field(default_factory=dict)
@@ -62,7 +64,10 @@ class Agreement:
         for (author, number), delta in sorted(event.deltas):
             expected = _add(expected, self._append(author, number, delta), +1)
         for _, reason in event.refused:
-            self.refused[reason] = self.refused.get(reason, 0) + 1
+            # What follows the colon is the author's doing: it may be different every time.
+            rule = reason.partition(":")[0][:32]
+            rule = rule if rule in self.refused or len(self.refused) < MOST_RULES else "other"
+            self.refused[rule] = self.refused.get(rule, 0) + 1
         self.applied, self.fingerprint = counts, event.fingerprint
         return expected == event.fingerprint
 

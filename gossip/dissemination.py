@@ -11,16 +11,19 @@ from shoal.gossip.messages import Announce, Graft, Prune
 from shoal.gossip.names import Hash, PeerId
 from shoal.gossip.outbox import Outbox
 from shoal.gossip.records import Record
+from shoal.gossip.score import Rates
 from shoal.gossip.timers import Timers
 
 PUSH_INTERVAL = 0.05
 """Seconds between two pushes on a link when records come fast: they travel together."""
 DUPLICATES = 2
 """Surplus of duplicates at which a link is pruned."""
-NEWS_WEIGHT = 2
+NEWS_WEIGHT = 1
 """Duplicates that one new record excuses."""
 PRUNE_INTERVAL = 0.05
 """Seconds between two prunes of ours."""
+RECENT_BYTES = 8 << 20
+"""Of records remembered to answer grafts."""
 MOST_SOURCES = 4
 """Announcers remembered for one missing record."""
 
@@ -36,11 +39,19 @@ class Dissemination:
     """Open links: eager or not."""
     recent: dict[Hash, Record] = field(default_factory=dict)
     """The last records passed on, to answer grafts."""
+    _recent_bytes: int = 0
+    _budget: Rates = field(init=False)
+    """What we may push to each link: who passes on a flood would be taken for its source."""
     _seen: set[Hash] = field(default_factory=set)
     _seen_before: set[Hash] = field(default_factory=set)
     _queued: dict[PeerId, list[Hash]] = field(default_factory=dict)
     _absent: dict[Hash, list[PeerId]] = field(default_factory=dict)
     """Announced, not yet here: who has it."""
+
+    def __post_init__(self) -> None:
+        """Stay below what receivers take, see `Scores.admit`."""
+        rate = 0.8 * self.limits.records_per_second
+        self._budget = Rates(rate, 4 * rate, 2 * self.limits.neighbours)
 
     def seen(self, record: Hash) -> bool:
         """Say whether this record was taken in lately."""
@@ -59,6 +70,10 @@ class Dissemination:
         self._seen.discard(record)
         self._seen_before.discard(record)
 
+    def forget(self) -> None:
+        """Let records that were taken in be taken in once more."""
+        self._seen, self._seen_before = set(), set()
+
     def link_up(self, peer: PeerId) -> None:
         """A link is open; it starts eager."""
         self.links[peer] = True
@@ -75,7 +90,7 @@ class Dissemination:
         for peer, eager in self.links.items():
             if peer == source or peer in holders:
                 continue
-            if eager:
+            if eager and self._budget.take(peer, 1, self.now):
                 if self.now >= self._push_after:
                     self.out.push(peer, record)
                 else:
@@ -101,9 +116,10 @@ class Dissemination:
 
     def remember(self, record: Record) -> None:
         """Keep a record to answer grafts."""
-        self.recent[record.id] = record
-        if len(self.recent) > self.limits.recent:
-            del self.recent[next(iter(self.recent))]
+        if self.recent.setdefault(record.id, record) is record:
+            self._recent_bytes += len(record.raw)
+        while len(self.recent) > self.limits.recent or self._recent_bytes > RECENT_BYTES:
+            self._recent_bytes -= len(self.recent.pop(next(iter(self.recent))).raw)
 
     def _wake_announcer(self) -> None:
         if not self.timers.pending("announce"):

@@ -125,6 +125,8 @@ class Limits:
     score_ban: float = -50.0
     ban: float = 300.0
     """A banned peer is refused for so long."""
+    frame_messages: int = 1024
+    """Messages in one frame: each costs time however small it is."""
     records_per_second: float = 500.0
     """Token bucket per peer, burst of four seconds."""
     bytes_per_second: float = 64 << 20

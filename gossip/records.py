@@ -9,7 +9,6 @@ from enum import Enum
 
 from shoal.gossip.names import Author, Hash, PeerId
 
-
 HIGHEST = (1 << 63) - 1
 """Largest incarnation and sequence number: what is above is no record."""
 

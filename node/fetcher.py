@@ -13,6 +13,9 @@ from shoal.node.errors import PeerError
 log = logging.getLogger(__name__)
 
 
+SLOWEST = 8 << 10
+"""Bytes a second below which a source counts as one that does not deliver."""
+
 Source = Callable[[PeerId, Hash, int, int], AsyncIterator[bytes]]
 """The transport's `pull`: peer, payload, size, offset → chunks; raises PeerError."""
 
@@ -41,15 +44,8 @@ class Fetcher:
         """Hand over a payload that has arrived, and forget it."""
         return self.arrived.pop(payload, None)
 
-    def put(self, payload: Hash, data: bytes) -> None:
-        """Hold a payload made here until the store takes it."""
-        self.arrived[payload] = data
-
     async def fetch(self, pull: Pull) -> str:
         """Perform one `Pull`, which ends in `Pulled` or `PullFailed`; return how it went."""
-        if pull.payload in self.arrived:
-            self.feed(Pulled(pull.payload))
-            return "known"
         if self._staged() + pull.size > self.limits.staging_bytes and self.partial:
             self._drop_oldest_partial(without=pull.payload)
         buffer = self.partial.setdefault(pull.payload, bytearray())
@@ -63,6 +59,12 @@ class Fetcher:
 
     async def _read(self, pull: Pull, buffer: bytearray) -> None:
         chunks = self.source(pull.peer, pull.payload, pull.size, len(buffer))
+        left = pull.size - len(buffer)
+        # Who sends a byte now and then would hold one of our few pulls for an hour.
+        async with asyncio.timeout(2 * self.limits.pull_timeout + left / SLOWEST):
+            await self._read_on(pull, buffer, chunks)
+
+    async def _read_on(self, pull: Pull, buffer: bytearray, chunks: AsyncIterator[bytes]) -> None:
         while len(buffer) < pull.size:
             async with asyncio.timeout(self.limits.pull_timeout):
                 chunk = await anext(chunks, b"")

@@ -156,6 +156,8 @@ class Wire:
             raise WireError("oversize", f"frame of {len(data)} bytes")
         parsed = pb.DeliverRequest()
         _parse(parsed, data)
+        if len(parsed.messages) > self.limits.frame_messages:
+            raise WireError("oversize", f"{len(parsed.messages)} messages in one frame")
         messages = tuple(self._message(each) for each in parsed.messages)
         sizes = tuple(each.ByteSize() for each in parsed.messages)
         return Frame(messages, sizes, parsed.version)
@@ -187,9 +189,9 @@ class Wire:
                 return _alive(author, body.alive)
             case "suspect":
                 suspect = body.suspect
-                return r.Suspect(author, _peer(suspect.peer), suspect.incarnation)
+                return r.Suspect(author, _peer(suspect.peer), _stamp(suspect.incarnation))
             case "leave":
-                return r.Leave(author, body.leave.incarnation)
+                return r.Leave(author, _stamp(body.leave.incarnation))
             case "contact":
                 return self._contact(author, body.contact)
             case "progress":
@@ -199,7 +201,7 @@ class Wire:
     def _contact(self, author: PeerId, contact: rpb.Contact) -> r.Contact:
         addresses = _addresses(contact.addresses)
         self._admit(author, contact.admission)
-        return r.Contact(author, contact.sequence, addresses, contact.admission)
+        return r.Contact(author, _stamp(contact.sequence), addresses, contact.admission)
 
     def _proof(self, parsed: rpb.Body, signature: bytes, body: bytes) -> r.Proof:
         first, second = parsed.proof.first, parsed.proof.second
@@ -537,6 +539,13 @@ def _sized(data: bytes, size: int) -> bytes:
     return data
 
 
+def _stamp(number: int) -> int:
+    """Check an incarnation or sequence number: its owner must be able to count on."""
+    if number > r.HIGHEST:
+        raise WireError("malformed", "a number that nobody can outbid")
+    return number
+
+
 def _peer(data: bytes) -> PeerId:
     return PeerId(_sized(data, 32))
 
@@ -587,7 +596,7 @@ def _alive(peer: PeerId, alive: rpb.Alive) -> r.Alive:
         standing = r.Standing(alive.standing)
     except ValueError:
         raise WireError("malformed", "an unknown standing") from None
-    return r.Alive(peer, alive.incarnation, alive.boot, standing, alive.against)
+    return r.Alive(peer, _stamp(alive.incarnation), alive.boot, standing, alive.against)
 
 
 def _addresses(texts: Iterable[str]) -> tuple[str, ...]:
@@ -609,7 +618,7 @@ def _progress(peer: PeerId, progress: rpb.Progress) -> r.Progress:
     told = progress.report
     return r.Progress(
         peer=peer,
-        sequence=progress.sequence,
+        sequence=_stamp(progress.sequence),
         frontier=tuple(zip(authors, progress.counts, strict=True)),
         frontier_hash=Hash(_sized(progress.frontier_hash, 32)),
         fingerprint=(progress.fingerprint_low, progress.fingerprint_high),
@@ -689,5 +698,6 @@ class _Cache:
 
 
 def _weight(record: r.Record) -> int:
-    # The parsed statement weighs about as much again, and some objects.
-    return 2 * len(record.raw) + 512
+    # The parsed statement weighs about as much again, and some objects; measured for progress.
+    logs = len(record.statement.frontier) if isinstance(record.statement, r.Progress) else 0
+    return 2 * len(record.raw) + 512 + 256 * logs

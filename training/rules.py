@@ -15,7 +15,7 @@ from shoal.compression.codec import Codec, Decoded, PayloadError, sum_of_squares
 
 
 class RuleError(ValueError):
-    """This update contributes zero; the message says which rule it breaks."""
+    """This update contributes zero; the message begins with the rule that it breaks and a colon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Rules:
     def judge_record(self, turn: int, kind: str, size: int) -> None:
         """Raise RuleError if the record alone shows that the update cannot count."""
         if kind != self.kind:
-            raise RuleError(f"kind {kind!r} where the run uses {self.kind!r}")
+            raise RuleError(f"kind: {kind!r} where the run uses {self.kind!r}")
         if turn < 1 or (self.turns and turn > self.turns):
-            raise RuleError(f"turn {turn} is not one of the run's")
+            raise RuleError(f"turn: {turn} is not one of the run's")
         if size > (most := self.codec.bound(self.size)):
-            raise RuleError(f"{size} bytes where at most {most} are possible")
+            raise RuleError(f"size: {size} bytes where at most {most} are possible")
 
     def judge(
         self,
@@ -64,20 +64,20 @@ class Rules:
         """
         self.judge_record(turn, kind, size)
         if payload is None:
-            raise RuleError("payload is missing")
+            raise RuleError("payload: missing")
         if len(payload) != size:
-            raise RuleError(f"payload of {len(payload)} bytes, the record says {size}")
+            raise RuleError(f"size: {len(payload)} bytes, the record says {size}")
         try:
             decoded = self.codec.decode(payload, self.size, device)
         except PayloadError as error:
-            raise RuleError(str(error)) from error
+            raise RuleError(f"payload: {error}") from error
         self.judge_values(decoded)
         return decoded
 
     def judge_values(self, decoded: Decoded) -> None:
         """Raise RuleError if the values are too large together."""
         if (squares := sum_of_squares(decoded.values)) > self.most_squares:
-            raise RuleError(f"sum of squares {squares} is above the clip {self.most_squares}")
+            raise RuleError(f"clip: sum of squares {squares} is above the clip {self.most_squares}")
 
 
 class TurnRule(Protocol):

@@ -504,8 +504,9 @@ class Transport:
             if len(self._buckets) > self.limits.members:
                 self._buckets.popitem(last=False)
         records, volume = self._buckets[peer]
-        pushed = sum(len(m.records) for m in frame.messages if isinstance(m, Push))
-        return max(records.take(pushed, now), volume.take(size, now))
+        # A message takes time whatever it says.
+        work = sum(len(m.records) if isinstance(m, Push) else 1 for m in frame.messages)
+        return max(records.take(work, now), volume.take(size, now))
 
     def _post(self, peer: PeerId, message: Message) -> None:
         outbox = self._mail.get(peer)
@@ -753,7 +754,10 @@ class Transport:
             ("grpc.server_handshake_timeout_ms", int(1000 * self.limits.handshake_timeout)),
             ("grpc.max_receive_message_length", most),
             ("grpc.max_send_message_length", most),
-            ("grpc.max_concurrent_streams", 256),
+            # A link, what `Limits.transfers` allows, a few calls: each may hold a whole message.
+            ("grpc.max_concurrent_streams", 32),
+            # Who connects and asks for nothing shall not use up our files.
+            ("grpc.max_connection_idle_ms", int(2000 * self.limits.channel_idle)),
             # Else a second daemon could share the port unnoticed.
             ("grpc.so_reuseport", 0),
         ]
@@ -912,8 +916,22 @@ def _has_ipv6() -> bool:
     return False
 
 
+def check_listen(listen: Listen) -> None:
+    """Raise ConfigError when nobody could listen there now."""
+    host = listen.host or ("::" if _has_ipv6() else "0.0.0.0")
+    if (why := _why_not_listen(host, listen.port)) is not None:
+        raise why
+
+
 def _cannot_listen(host: str, port: int) -> ConfigError:
     """Find out why gRPC could not listen; it only says that it could not."""
+    place = socket_text(host, port)
+    return _why_not_listen(host, port) or ConfigError(
+        f"can't listen on {place}: choose another (--listen HOST:PORT)"
+    )
+
+
+def _why_not_listen(host: str, port: int) -> ConfigError | None:
     place = socket_text(host, port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -932,4 +950,4 @@ def _cannot_listen(host: str, port: int) -> ConfigError:
             case _:
                 why = f"{error.strerror}: choose another"
         return ConfigError(f"can't listen on {place}: {why} (--listen HOST:PORT, 0 is any port)")
-    return ConfigError(f"can't listen on {place}: choose another (--listen HOST:PORT)")
+    return None

@@ -12,6 +12,9 @@ from shoal.node import wire
 FRAME_BYTES = 256 << 10
 """Waiting messages are joined into frames of about this size."""
 
+FRAME_MESSAGES = 512
+"""At most so many: receivers bound them (`Limits.frame_messages`)."""
+
 URGENT = (m.Ping, m.Ack, m.PingRequest, m.Nack)
 """Probes overtake what waits: a full queue must not look like a dead peer."""
 
@@ -59,7 +62,7 @@ class Outbox:
         taken: list[tuple[str, bytes]] = []
         size = 0
         while (queue := self._urgent or self._waiting) and (
-            not taken or size + len(queue[0][1]) <= most
+            not taken or (size + len(queue[0][1]) <= most and len(taken) < FRAME_MESSAGES)
         ):
             taken.append(queue.popleft())
             size += len(taken[-1][1])

@@ -41,8 +41,8 @@ def test_a_lawful_update_counts() -> None:
     ("turn", "kind", "size", "data", "why"),
     [
         (1, "sparse", 10, None, "kind"),
-        (0, "dense", 10, None, "turn 0"),
-        (11, "dense", 10, None, "turn 11"),
+        (0, "dense", 10, None, "turn: 0"),
+        (11, "dense", 10, None, "turn: 11"),
         (1, "dense", 10**6, None, "at most"),
         (1, "dense", 10, None, "missing"),
         (1, "dense", 10, b"short", "record says"),
