@@ -71,7 +71,13 @@ async def serve(
     else:
         place = await founding.join(addresses, options)
     with place.home:
-        return await Daemon(place, paused=options.paused).run()
+        try:
+            daemon = Daemon(place, paused=options.paused)
+        except BaseException:
+            if place.founder is not None:
+                await place.founder.stop()
+            raise
+        return await daemon.run()
 
 
 class Daemon:
@@ -459,8 +465,14 @@ class Daemon:
         return self.journal.after(after)
 
     def counters(self) -> Counters:
-        """Return the counters."""
-        return self._counters
+        """Return the counters, with what the core and the transport have counted by themselves."""
+        counters, transport = self._counters, self.transport
+        counters.put("gossip", self.core.counters)
+        counters.put("refused_updates", self.core.agreement.refused)
+        counters.put("turned_away", transport.dropped)
+        counters.put("bytes_in", transport.bytes_in)
+        counters.put("bytes_out", transport.bytes_out)
+        return counters
 
     async def pause(self) -> None:
         """Stop training after this turn; go on serving."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shoal.gossip.limits import Limits
 from shoal.node import admission, genesis, home, identity, pipe
-from shoal.node.addresses import Address, parse_join
+from shoal.node.addresses import PORT, Address, parse_bare, parse_join, parse_listen
 from shoal.node.admission import Admission
 from shoal.node.config import NodeConfig, RunFile, parse_shard
 from shoal.node.errors import ConfigError, PeerError
@@ -16,7 +16,7 @@ from shoal.node.genesis import Genesis
 from shoal.node.home import Home
 from shoal.node.identity import Identity
 from shoal.node.supervisor import Supervisor, WorkerDied, command, environment
-from shoal.node.transport.grpc import fetch_genesis
+from shoal.node.transport.grpc import check_listen, fetch_genesis
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,10 @@ async def start(target: Path, options: Options) -> Place:
     if target.is_dir():
         if options.new:
             raise ConfigError("--new founds a run from its file: shoal start RUN.toml --new")
+        if options.directory is not None and options.directory.resolve() != target.resolve():
+            raise ConfigError(f"{target} is resumed where it is: leave --dir out")
+        if not (target / "genesis").exists():
+            raise _holds_no_run(target)
         return resume(Home(target), options)
     if not target.exists():
         raise ConfigError(f"{target} does not exist; give a run file, or a directory of a run")
@@ -120,6 +124,7 @@ async def join(addresses: Sequence[str], options: Options) -> Place:
         if place.genesis(Limits()) is not None:
             return replace(resume(place, options), bootstrap=targets)
     who = place.identity(config)
+    _check_flags(config)
     admitted = _admission(fetched, config)
     place.keep(fetched)
     config.save(place.node_toml)
@@ -137,11 +142,10 @@ def resume(place: Home, options: Options) -> Place:
     """Take up what a directory holds, with the settings of node.toml and the command line."""
     held = place.genesis(Limits())
     if held is None:
-        raise ConfigError(
-            f"{place.path} holds no run: found one with `shoal start RUN.toml`, or join one"
-        )
+        raise _holds_no_run(place.path)
     config = NodeConfig.load(place.node_toml).merged(options.local)
     genesis.check_task(held.run_file, config.allow_task)
+    _check_flags(config)
     config.save(place.node_toml)
     return Place(
         home=place,
@@ -150,6 +154,10 @@ def resume(place: Home, options: Options) -> Place:
         identity=place.identity(config),
         admission=_admission(held, config),
     )
+
+
+def _holds_no_run(path: Path) -> ConfigError:
+    return ConfigError(f"{path} holds no run: found one with `shoal start RUN.toml`, or join one")
 
 
 # ---------------------------------------------------------------- founding
@@ -164,6 +172,7 @@ async def _found(run_file: RunFile, place: Home, options: Options) -> Place:
     genesis.check_task(run_file, config.allow_task)
     config = _secret_for(run_file, config, place)
     who = place.identity(config)
+    _check_flags(config)
     worker = supervise(config, place)
     try:
         await worker.start()
@@ -197,6 +206,15 @@ async def _found(run_file: RunFile, place: Home, options: Options) -> Place:
     )
 
 
+def _check_flags(config: NodeConfig) -> None:
+    """Say now what is wrong with them: founding a large model takes a while."""
+    check_listen(parse_listen(config.listen or f":{PORT}"))
+    for text in config.advertise:
+        parse_bare(text)
+    if config.secret_file:
+        admission.load_secret(Path(config.secret_file))
+
+
 def _secret_for(run_file: RunFile, config: NodeConfig, place: Home) -> NodeConfig:
     """Make the secret of a new run whose founder brings none."""
     if run_file.swarm.admission != "secret" or config.secret_file:
@@ -223,14 +241,16 @@ async def _fetch(targets: Sequence[Address], config: NodeConfig, place: Home | N
         who = identity.load(Path(config.identity))
     else:
         who = Identity.generate()
-    refusals = []
+    refusals, unreachable = [], False
     for target in targets:
         try:
             raw = await fetch_genesis(target, secret=secret, identity=who)
             return genesis.decode(raw, Limits(), where=str(target), run=target.run)
         except PeerError as error:
             refusals.append(f"cannot join by {target}: {error}")
-    raise ConfigError("; ".join(refusals))
+            unreachable |= error.reason in ("unreachable", "no TLS 1.3", "timeout")
+    remedy = "is the address right, and does that daemon run? Any member's join address will do"
+    raise ConfigError("; ".join(refusals) + (f" ({remedy})" if unreachable else ""))
 
 
 def _admission(run: Genesis, config: NodeConfig) -> Admission:

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 
 FAMILIES = {
     "dropped": ("reason", "What others sent and we did not take, by reason."),
-    "refused_links": ("reason", "Handshakes and links turned away, by reason."),
+    "turned_away": ("reason", "Frames, transfers and links that were refused, by reason."),
+    "gossip": ("what", "What the gossip core did not take, delayed or noticed, by reason."),
     "refused_updates": ("reason", "Genuine updates that count zero, by the rule they break."),
-    "messages_in": ("kind", "Messages received, by kind."),
-    "messages_out": ("kind", "Messages sent, by kind."),
     "bytes_in": ("kind", "Bytes received before TLS, by kind."),
     "bytes_out": ("kind", "Bytes sent before TLS, by kind."),
     "pulls": ("result", "Payloads pulled, by how it ended."),
@@ -35,6 +34,10 @@ class Counters:
         if label not in values and len(values) >= LABELS:
             label = "other"
         values[label] = values.get(label, 0) + amount
+
+    def put(self, name: str, values: Mapping[str, int]) -> None:
+        """State a counter that somebody else counts."""
+        self._values[name] = dict(list(values.items())[:LABELS])
 
     def of(self, name: str) -> dict[str, int]:
         """Return a copy of one counter, by label."""

@@ -308,7 +308,10 @@ class Supervisor:
         old = asyncio.get_running_loop().time() - child.born >= GOOD_AGE
         self._failures = 1 if old else self._failures + 1
         self._child = None
-        log.info("worker ended", extra={"reason": child.reason, "code": code})
+        # What the operator can mend is told once, by whoever asked.
+        refused = failed is not None and failed.kind == "config"
+        level = logging.DEBUG if refused else logging.INFO
+        log.log(level, "worker ended", extra={"reason": child.reason, "code": code})
         error: Exception = WorkerDied(child.reason)
         if failed is not None and failed.kind == "config":
             error = WorkerRefused(failed.error)
