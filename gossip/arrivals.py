@@ -88,6 +88,10 @@ class Arrivals:
             self._want_payload(update, source)
         return Taken.NEW
 
+    def roomy(self) -> bool:
+        """Say whether more may be asked for at once: what waits is well below its bound."""
+        return not self.full and self._count < self.limits.unordered // 4
+
     def _needs_payload(self, update: Update) -> bool:
         return update.inline is None and self.run.fetched(update.kind, update.size)
 

@@ -241,6 +241,7 @@ class Membership:
         met = peer in self.view.alive
         self.view.put(record)
         self.forgotten.pop(peer, None)
+        self.timers.cancel("forget", peer)
         if (failed := self.failed.get(peer)) is not None:
             if alive.incarnation > failed.incarnation:
                 self._recover(peer, now)
@@ -294,6 +295,8 @@ class Membership:
                 self.sequence = contact.sequence
                 self.timers.hurry("outbid", self._now)
             return False
+        if peer in self.forgotten:
+            return False  # without a life of its peer nobody would ever forget it again
         if held is None and not self._room(self.view.contacts):
             self.out.count("view-full")
             return False
@@ -399,9 +402,13 @@ class Membership:
             self.timers.hurry("retry", now + 2 * self.rng.random(), other)
 
     def heard_from(self, peer: PeerId, now: float) -> None:
-        """A message of `peer` arrived: if we think it failed, ask it to refute."""
+        """A message of `peer` arrived: if we think it failed, or forgot it, ask it to refute."""
         if peer in self.failed:
             self.timers.hurry("retry", now, peer)
+        elif peer in self.forgotten and not self.timers.pending("welcome", peer):
+            # It may know of no higher incarnation than the one we forgot.
+            self.timers.set("welcome", now + self.limits.retry_failed, peer)
+            self.out.send(peer, Ping(self._nonce(), self.forgotten[peer]))
 
     def doubts(self, peer: PeerId) -> int | None:
         """Return the incarnation at which `peer` is suspected or failed."""
@@ -432,6 +439,8 @@ class Membership:
                 self._retry(whom, now)
             case "forget":
                 self._forget(whom)
+            case "welcome":
+                pass
             case "outbid":
                 self.say_alive()
                 self.say_contact()

@@ -447,6 +447,8 @@ class Protocol:
         news = [self._take(record, peer, now, asked=asked) for record in push.records]
         if not asked:  # an answer says nothing about the tree
             self.dissemination.judge(peer, sum(news), len(news) - sum(news))
+        elif any(news):
+            self.repair.go_on(peer, push.records, now)
 
     def _on_announce(self, peer: PeerId, ids: tuple[Hash, ...]) -> None:
         self.dissemination.on_announce(peer, ids[: self.limits.recent])
@@ -490,7 +492,7 @@ class Protocol:
     def _take(self, record: Record, sender: PeerId, now: float, *, asked: bool) -> bool:
         """Take in a record; say whether it was news."""
         statement = record.statement
-        if self.dissemination.seen(record.id):
+        if self.dissemination.seen(record.id) and not self._forgot(statement):
             if isinstance(statement, Update):
                 self.arrivals.also(sender, record.id, statement)
             if not asked:
@@ -512,6 +514,15 @@ class Protocol:
                 return self._take_progress(record, statement, sender, now)
             case _:
                 return self._take_membership(record, sender, now)
+
+    def _forgot(self, statement: Statement) -> bool:
+        """Say whether a record was seen and is held no more, its peer having been forgotten."""
+        match statement:
+            case Alive(peer=peer):
+                return not (peer == self.me or peer in self.view.alive or peer in self.view.left)
+            case Contact(peer=peer):
+                return not (peer == self.me or peer in self.view.contacts)
+        return False
 
     def _take_membership(self, record: Record, sender: PeerId, now: float) -> bool:
         news = self.membership.take(record, now)

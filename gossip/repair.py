@@ -9,7 +9,7 @@ nothing is remembered but what the next round may ask again.
 
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from shoal.gossip.arrivals import Arrivals
@@ -32,7 +32,7 @@ from shoal.gossip.messages import (
 )
 from shoal.gossip.names import Author, Hash, Key, PeerId
 from shoal.gossip.outbox import Outbox
-from shoal.gossip.records import Alive, Record
+from shoal.gossip.records import Alive, Record, Update
 from shoal.gossip.timers import Timers
 from shoal.gossip.view import BUCKETS, View
 
@@ -160,11 +160,16 @@ class Repair:
             self.out.count("digest-oversize")
             return
         follows = self._note(peer, digest)
-        self._learn(peer, digest.entries, now)
-        if digest.frontier_hash == self.frontier.hash:
+        same = digest.frontier_hash == self.frontier.hash
+        entries: Collection[Entry] = digest.entries
+        if follows and not same and (link := self.links.get(peer)) is not None:
+            # What we asked for may be lost, or too much for one answer: look at all it has stated.
+            entries = link.heard.values()
+        self._learn(peer, entries, now)
+        if same:
             self._same(peer)
         else:
-            self._differ(peer, digest, follows)
+            self._differ(peer, digest, entries, follows=follows)
         if digest.view_hash != self.view.hash and digest.reply:
             self._compare_views(peer, now)
 
@@ -189,9 +194,11 @@ class Repair:
             self.rows.state(peer, author, count)
         self._first_round({})
 
-    def _differ(self, peer: PeerId, digest: Digest, follows: bool) -> None:
+    def _differ(
+        self, peer: PeerId, digest: Digest, entries: Iterable[Entry], *, follows: bool
+    ) -> None:
         if follows or digest.full:
-            self._first_round(self._ahead(digest.entries))
+            self._first_round(self._ahead(entries))
         linked = peer in self.links
         if digest.reply:
             stranger = not digest.full and not linked
@@ -229,7 +236,7 @@ class Repair:
             if entry.count <= count and log is not None:
                 if log.hash_at(entry.count) == entry.hash:
                     self.rows.state(peer, entry.author, entry.count)
-                elif not entry.closed and not log.closed:
+                else:  # below a closing too: the smallest number of a fork must stand
                     self._seek_fork(peer, entry.author, 0, entry.count)
                 continue
             self.arrivals.holds(peer, entry.author, entry.count)
@@ -252,6 +259,19 @@ class Repair:
             if first <= last:
                 wants.append(Want(author, first, last))
         return wants
+
+    def go_on(self, peer: PeerId, records: Sequence[Record], now: float) -> None:
+        """`peer` filled an answer with news: ask at once for what did not fit into it."""
+        if len(records) < self.limits.push_records or not self.arrivals.roomy():
+            return
+        match records[0].statement, records[-1].statement:
+            case Update(author=first), Update(author=author, number=number) if first == author:
+                last = self._asked.get(author, (0, 0.0))[0]
+                if number < last:
+                    self._asked[author] = (last, now + 4 * self.limits.graft_timeout)
+                    self.ask(peer, Want(author, number + 1, last), now)
+            case _:
+                pass
 
     def ask(self, peer: PeerId, question: Message, now: float) -> None:
         """Ask, and take what `peer` pushes in the next seconds for the answer."""
