@@ -70,7 +70,7 @@ class Dissemination:
         self._seen.discard(record)
         self._seen_before.discard(record)
 
-    def forget(self) -> None:
+    def forget_all(self) -> None:
         """Let records that were taken in be taken in once more."""
         self._seen, self._seen_before = set(), set()
 

@@ -110,6 +110,13 @@ class StoreFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """The log can't give this update any more, though it was held: it must be fetched anew."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReady:
     """The worker holds the model at `frontier` with this fingerprint, and waits."""
 
@@ -190,6 +197,7 @@ Event = (
     | PullFailed
     | Stored
     | StoreFailed
+    | Lost
     | WorkerReady
     | WorkerDown
     | TurnDone

@@ -94,6 +94,11 @@ class Log:
         self.above = {n: v for n, v in self.above.items() if n < number}
         self._line = None
 
+    def cut(self, count: int) -> None:
+        """Go back to the first `count` updates."""
+        del self.turns[count:], self.hashes[32 * count :]
+        self._line = None
+
     def prefix(self, turn: int) -> int:
         """Return how many updates precede the first one of a turn after `turn`."""
         return bisect_right(self.turns, turn)
@@ -221,6 +226,20 @@ class Frontier:
                 self._hash = None
                 self.version += 1
         return taken
+
+    def lose(self, author: Author, number: int) -> int:
+        """Hold this update, and what was in after it, no longer; return what the count was."""
+        log = self.logs.get(author)
+        if log is None:
+            return 0
+        count = log.count
+        if log.above.pop(number, None) is not None:
+            self._unordered -= 1
+        elif 1 <= number <= count:
+            log.cut(number - 1)
+            self._hash = None
+            self.version += 1
+        return count
 
     def close(self, author: Author, number: int) -> bool:
         """Close a log at `number` (the smallest wins); say whether that changed anything."""

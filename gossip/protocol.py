@@ -29,6 +29,7 @@ from shoal.gossip.events import (
     KeepAdmission,
     LinkDown,
     LinkUp,
+    Lost,
     Misbehaved,
     Moved,
     Pause,
@@ -244,6 +245,8 @@ class Protocol:
                 self._on_stored(record)
             case StoreFailed(record, reason):
                 self._on_store_failed(record, reason)
+            case Lost(key):
+                self._on_lost(key)
             case Misbehaved(peer, reason):
                 self._blame(peer, reason, now)
             case _:
@@ -540,8 +543,8 @@ class Protocol:
         if progress.peer == self.me:
             self._sequence = max(self._sequence, progress.sequence)
             return False
-        known = len(self.frontier.logs)
-        if len(progress.frontier) > UNKNOWN_LOGS + 2 * known or progress.peer not in self.view.alive:
+        most = UNKNOWN_LOGS + 2 * len(self.frontier.logs)
+        if len(progress.frontier) > most or progress.peer not in self.view.alive:
             self.out.count("progress-ahead")
             return False
         if not self._statements.take(progress.peer, 1, now):
@@ -630,6 +633,19 @@ class Protocol:
             self.turns.store_failed(reason)
         else:
             self.arrivals.store_failed(record, update, reason)
+
+    def _on_lost(self, key: Key) -> None:
+        """The log lacks an update that was in: let repair bring it, under no new number."""
+        author, number = key
+        count = self.frontier.lose(author, number)
+        self.dissemination.forget_all()
+        for later in range(number + 1, count + 1):
+            record = self._held.recall(Key(author, later))
+            if record is not None and isinstance(update := record.statement, Update):
+                self.frontier.add(update, record.id)
+        self.out.happened("update-lost", author.peer, number=number)
+        if author == self.turns.author:
+            self.turns.renew_log("a damaged update of our own")
 
     def _on_pull_failed(self, peer: PeerId, payload: Hash, reason: str, now: float) -> None:
         if reason in ("timeout", "not found"):

@@ -16,7 +16,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from shoal.node.initial import Initial
 from shoal.node.journal import Journal
 from shoal.node.metrics import Counters
 from shoal.node.status import EventRow, PeerRow, State, Status, known
-from shoal.node.store import Store
+from shoal.node.store import DamagedError, Store
 from shoal.node.traffic import SocketMeter
 from shoal.node.transport.grpc import Transport
 from shoal.node.transport.libp2p import Finder, FinderSettings
@@ -92,6 +92,7 @@ class Daemon:
         self.journal = Journal(limits.events)
         self.store = Store.open(place.home.log, limits, run=run_id)
         self.wire = Wire(run_id, place.admission.verify, limits)
+        self._published = 0
         self.core = self._make_core()
         self.initial = Initial(place.home.initial, place.genesis)
         self.driver = Driver(
@@ -148,11 +149,9 @@ class Daemon:
             most_bytes=place.genesis.most,
             observe=place.config.observe,
         )
-        records = [self.wire.own(stored.raw) for stored in self.store.records()]
         me = place.identity.peer
-        self._published = sum(u.size for u in _updates(records) if u.author.peer == me)
         held = Held(
-            records=records,
+            records=self._stored(me),
             proofs=[self.wire.own(raw) for raw in self.store.proofs.values()],
             admissions=self.store.admissions,
             recall=self._recall,
@@ -208,9 +207,22 @@ class Daemon:
             self, token=secrets.token_urlsafe(24), host=listen.host or "127.0.0.1", port=listen.port
         )
 
+    def _stored(self, me: PeerId) -> Iterator[Record]:
+        """Yield the log's records, one in memory at a time; count what we published."""
+        for stored in self.store.records():
+            record = self.wire.own(stored.raw)
+            update = record.statement
+            if isinstance(update, Update) and update.author.peer == me:
+                self._published += update.size
+            yield record
+
     def _recall(self, key: Key) -> Record | None:
-        found = self.store.get(*key)
-        return None if found is None else self.wire.own(found[0])
+        try:
+            raw = self.store.record(*key)
+        except DamagedError as error:
+            self.driver.lost(error.key)
+            return None
+        return None if raw is None else self.wire.own(raw)
 
     def _update(self, raw: bytes) -> Update:
         update = self.wire.own(raw).statement
@@ -492,10 +504,6 @@ class Daemon:
             raise ConfigError(f"{path.parent} is no directory that this daemon can write to")
         metadata = offline.metadata(self.place.genesis, self.core.frontier.hash)
         await self.foreman.export(path, metadata)
-
-
-def _updates(records: Iterable[Record]) -> Iterator[Update]:
-    return (record.statement for record in records if isinstance(record.statement, Update))
 
 
 def _row(

@@ -15,7 +15,7 @@ from shoal.gossip import events as ev
 from shoal.gossip import protocol
 from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Message
-from shoal.gossip.names import Hash, PeerId
+from shoal.gossip.names import Hash, Key, PeerId
 from shoal.gossip.records import Contact, Update
 from shoal.node.discovery import Outcome
 from shoal.node.fetcher import Fetcher
@@ -87,14 +87,15 @@ class Driver:
         self.journal = journal
         self.counters = counters
         self.clock = clock
-        self.fetcher = Fetcher(self._pull, self.feed, limits)
+        self.fetcher = Fetcher(self._pull, self._fetched, limits)
         self._genesis = genesis
         self._initial = initial
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._dialling: dict[PeerId, asyncio.Future[Outcome]] = {}
         self._known: dict[PeerId, tuple[str, ...]] = {}
-        self._pending: Hash | None = None
+        self._own: tuple[Hash, bytes] | None = None
+        """The payload of our own update until it is stored or given up."""
         self._closed = False
 
     # ---------------------------------------------------------------- events in
@@ -113,8 +114,11 @@ class Driver:
 
     def hold(self, payload: Hash, data: bytes) -> None:
         """Keep the payload of an own update until the store takes it."""
-        self._pending = payload
-        self.fetcher.put(payload, data)
+        self._own = payload, data
+
+    def lost(self, key: Key) -> None:
+        """Let the core know that the log can't give this update any more, once it has time."""
+        asyncio.get_running_loop().call_soon(self.feed, ev.Lost(key))
 
     async def dial(self, peer: PeerId, addresses: tuple[str, ...]) -> Outcome:
         """Open a link for discovery; return how it went."""
@@ -165,27 +169,29 @@ class Driver:
         record, statement = effect.record, effect.record.statement
         payload = None
         if isinstance(statement, Update) and statement.inline is None:
-            payload = self.fetcher.take(statement.payload)
+            payload = self._payload(statement.payload, own=effect.own)
         try:
             self.store.append(record, payload, own=effect.own)
         except StoreFailed as error:
-            self._store_failed(error, statement, payload, own=effect.own)
+            self._store_failed(error)
             return ev.StoreFailed(record, error.reason)
         if isinstance(statement, Update):
             self.counters.add("updates", "own" if effect.own else "others")
             if effect.own:
-                self._pending = None
+                self._own = None
                 self.hands.commit(statement)
         return ev.Stored(record)
 
-    def _store_failed(
-        self, error: StoreFailed, statement: object, payload: bytes | None, *, own: bool
-    ) -> None:
+    def _payload(self, payload: Hash, *, own: bool) -> bytes | None:
+        """Return the bytes to store; they stay here, since storing may fail and be tried again."""
+        if not own:
+            return self.fetcher.arrived.get(payload)
+        return self._own[1] if self._own is not None and self._own[0] == payload else None
+
+    def _store_failed(self, error: StoreFailed) -> None:
         log.warning("not stored", extra={"reason": error.reason})
         if error.reason != "log full" and not self.store.degraded:
             self.store.degrade(error.reason)
-        if own and payload is not None and isinstance(statement, Update):
-            self.fetcher.put(statement.payload, payload)  # the core tries again or discards
 
     def _keep(self, peer: PeerId, admission: bytes) -> None:
         try:
@@ -194,9 +200,7 @@ class Driver:
             log.warning("admission not stored", extra={"reason": error.reason})
 
     def _discard(self) -> None:
-        if self._pending is not None:
-            self.fetcher.take(self._pending)
-            self._pending = None
+        self._own = None
         self.hands.discard()
 
     def _happened(self, event: ev.Happened) -> None:
@@ -229,6 +233,12 @@ class Driver:
 
     def _pull(self, peer: PeerId, payload: Hash, size: int, offset: int) -> AsyncIterator[bytes]:
         return self.links.pull(peer, payload, size, offset)
+
+    def _fetched(self, event: ev.Pulled | ev.PullFailed | ev.Misbehaved) -> None:
+        """Let the core store what has arrived, for all who wait for it; then nobody does."""
+        self.feed(event)
+        if isinstance(event, ev.Pulled):
+            self.fetcher.take(event.payload)
 
     async def _fetch(self, pull: ev.Pull) -> None:
         self.counters.add("pulls", await self.fetcher.fetch(pull))

@@ -6,6 +6,7 @@ that. Payloads go from the log to the worker in batches; nothing else of the log
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -25,7 +26,9 @@ log = logging.getLogger(__name__)
 
 BATCH_BYTES = 32 << 20
 """Payload bytes given to the worker at once."""
-BATCH_UPDATES = 4096
+BATCH_UPDATES = 512
+RECOMPUTE = 600.0
+"""Seconds between looks at the tensor itself: a bit that flipped in memory shows."""
 
 Counts = tuple[tuple[Author, int], ...]
 Job = Callable[[], Awaitable[None]]
@@ -72,6 +75,7 @@ class Foreman:
         report: Callable[[Progress], Report],
         turned: Callable[[pipe.Turned, int], None],
         limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare.
 
@@ -90,6 +94,9 @@ class Foreman:
         self._hold = hold
         self._report = report
         self._turned = turned
+        self._clock = clock
+        self._computed = 0.0
+        """When the fingerprint was last computed from the tensor."""
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._asked: set[asyncio.Future[None]] = set()
         """Requests of the operator that wait for the worker."""
@@ -120,17 +127,20 @@ class Foreman:
 
     async def run(self) -> None:
         """Open the worker and do its jobs, until cancelled or until no worker can be had."""
-        while True:
-            try:
-                await self.supervisor.start()
-                await self._open()
-                while True:
-                    await self._next_job()
-            except (WorkerGone, WorkerRefused) as end:
-                self._down(str(end))
-                return
-            except WorkerDied as death:
-                self._down(death.reason)
+        try:
+            while True:
+                try:
+                    await self.supervisor.start()
+                    await self._open()
+                    while True:
+                        await self._next_job()
+                except (WorkerGone, WorkerRefused) as end:
+                    self._down(str(end))
+                    return
+                except WorkerDied as death:
+                    self._down(death.reason)
+        finally:
+            self._refuse("the daemon is stopping")
 
     async def _next_job(self) -> None:
         """Do the next job, or notice that the worker died while there was none."""
@@ -148,11 +158,15 @@ class Foreman:
     def _down(self, reason: str) -> None:
         log.warning("worker down", extra={"reason": reason})
         self._jobs = asyncio.Queue()
+        self._refuse(f"the worker died: {reason}")
+        self._feed(ev.WorkerDown(reason.removeprefix("worker: ")))
+
+    def _refuse(self, why: str) -> None:
+        """Tell the operator, who waits, that his requests will not be done."""
         for asked in self._asked:
             if not asked.done():
-                asked.set_exception(ConfigError(f"the worker died: {reason}"))
+                asked.set_exception(ConfigError(why))
         self._asked.clear()
-        self._feed(ev.WorkerDown(reason.removeprefix("worker: ")))
 
     # ---------------------------------------------------------------- opening
 
@@ -167,6 +181,7 @@ class Foreman:
             log.warning("checkpoint not used", extra={"reason": answer.note})
         self.now.device, self.now.unit = answer.device, answer.unit
         self._moved(answer.frontier, answer.fingerprint)
+        self._computed = self._clock()
         self._feed(ev.WorkerReady(_counts(self.now.applied), self.now.fingerprint))
 
     def _opening(self) -> pipe.Open:
@@ -211,6 +226,10 @@ class Foreman:
                     refused.append((key, result.refused))
             self._moved(answer.frontier, answer.fingerprint)
             self.now.out_of_range = answer.out_of_range
+        if self._clock() - self._computed >= RECOMPUTE:
+            answer = await self.supervisor.ask(pipe.Recompute(), pipe.Done)
+            self._moved(answer.frontier, answer.fingerprint)
+            self._computed = self._clock()
         self.now.refused += len(refused)
         return self._applied(deltas, refused)
 
@@ -250,13 +269,15 @@ class Foreman:
     def _batches(self, keys: Iterator[Key]) -> Iterator[tuple[list[pipe.Item], list[bytes]]]:
         items: list[pipe.Item] = []
         bodies: list[bytes] = []
+        size = 0
         for key in keys:
             item, body = self._item(key)
             items.append(item)
             bodies.append(body)
-            if sum(map(len, bodies)) >= BATCH_BYTES or len(items) >= BATCH_UPDATES:
+            size += len(body)
+            if size >= BATCH_BYTES or len(items) >= BATCH_UPDATES:
                 yield items, bodies
-                items, bodies = [], []
+                items, bodies, size = [], [], 0
         if items:
             yield items, bodies
 
@@ -264,14 +285,10 @@ class Foreman:
         try:
             found = self.store.get(*key)
         except DamagedError as error:
-            # Starting the worker again would ask for the same update for ever.
-            remedy = "stop this daemon and start it again: it fetches the update anew"
-            raise WorkerGone(f"the log is damaged ({error}); {remedy}") from error
+            raise self._lost(key, f"the log is damaged: {error}") from error
         if found is None:
-            raise WorkerGone(
-                f"update {key.number} of a log in the frontier is not in the store; stop this "
-                "daemon and start it again"
-            )
+            why = f"update {key.number} of a log in the frontier is not in the store"
+            raise self._lost(key, why)
         raw, payload = found
         update = self._read(raw)
         payload = payload if payload is not None else update.inline
@@ -285,6 +302,11 @@ class Foreman:
             length=-1 if payload is None else len(payload),
         )
         return item, payload or b""
+
+    def _lost(self, key: Key, why: str) -> WorkerDied:
+        """Let the core fetch it anew; the worker starts again from what the log has now."""
+        self._feed(ev.Lost(key))
+        return WorkerDied(why)
 
     # ---------------------------------------------------------------- helpers
 
@@ -305,8 +327,10 @@ class Foreman:
 
         self._asked.add(asked)
         self._jobs.put_nowait(job)
-        await asked
-        self._asked.discard(asked)
+        try:
+            await asked
+        finally:
+            self._asked.discard(asked)
         return answers[0]
 
     def _applied(

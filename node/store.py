@@ -247,6 +247,9 @@ class Store:
             Kind.UPDATE, update.author, update.number, raw, payload, update.payload, own=own
         )
         if self.degraded:
+            if own and update.author.log != self.log:
+                # The disk keeps this log id for the next opening, but not this number.
+                raise StoreFailed(self.degraded)
             self._remember(key, head, raw, payload)
             return
         at = self._write(head, raw, payload, sync=own)
@@ -304,6 +307,23 @@ class Store:
             except (DamageError, OSError) as error:
                 raise self._forget(key, error) from error
             return raw, payload
+
+    def record(self, author: Author, number: int) -> bytes | None:
+        """Return an update's record alone, or None when it is not here.
+
+        Raises `DamagedError` like `get`.
+        """
+        key = Key(author, number)
+        with self._lock:
+            if key in self._memory:
+                return self._memory[key][0].raw
+            at = self._place(key)
+            if not at:
+                return None
+            try:
+                return self._segments.record(at)[1]
+            except (DamageError, OSError) as error:
+                raise self._forget(key, error) from error
 
     def has(self, author: Author, number: int) -> bool:
         """Tell whether an update is held."""
