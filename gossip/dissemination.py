@@ -4,6 +4,7 @@ The eager links form a tree that repairs itself: a record that arrives twice pru
 one that is announced but does not arrive in `graft_timeout` is fetched and makes its link eager.
 """
 
+import random
 from dataclasses import dataclass, field
 
 from shoal.gossip.limits import Limits
@@ -16,9 +17,9 @@ from shoal.gossip.timers import Timers
 
 PUSH_INTERVAL = 0.05
 """Seconds between two pushes on a link when records come fast: they travel together."""
-DUPLICATES = 2
+DUPLICATES = 6
 """Surplus of duplicates at which a link is pruned."""
-NEWS_WEIGHT = 1
+NEWS_WEIGHT = 2
 """Duplicates that one new record excuses."""
 PRUNE_INTERVAL = 0.05
 """Seconds between two prunes of ours."""
@@ -33,6 +34,7 @@ class Dissemination:
     """Links and what travels on them."""
 
     limits: Limits
+    rng: random.Random
     timers: Timers
     out: Outbox
     links: dict[PeerId, bool] = field(default_factory=dict)
@@ -182,7 +184,10 @@ class Dissemination:
                 if len(self._absent) >= self.limits.recent:
                     return
                 self._absent[record] = [peer]
-                self.timers.set("graft", self.now + self.limits.graft_timeout, record)
+                # Drawn, so that of a branch cut off one peer asks first and passes on to the rest:
+                # if all asked at once, all their links would join the tree and make cycles.
+                wait = self.limits.graft_timeout * (1 + 3 * self.rng.random())
+                self.timers.set("graft", self.now + wait, record)
             elif peer not in sources and len(sources) < MOST_SOURCES:
                 sources.append(peer)
 

@@ -148,7 +148,7 @@ class Protocol:
         self.membership = Membership(
             me, boot, limits, rng, self.timers, self.out, self._publish, self.view
         )
-        self.dissemination = Dissemination(limits, self.timers, self.out)
+        self.dissemination = Dissemination(limits, rng, self.timers, self.out)
         self.arrivals = Arrivals(run, limits, self.timers, self.out, self.frontier)
         self.neighbours = Neighbours(
             me, limits, self.timers, self.out, self.membership, topology.make(run.topology)
