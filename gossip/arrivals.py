@@ -60,6 +60,8 @@ class Arrivals:
     _active: int = 0
     _bytes: int = 0
     _busy: dict[PeerId, int] = field(default_factory=dict)
+    _offers: dict[PeerId, dict[Hash, None]] = field(default_factory=dict)
+    """Who could send which payloads that nobody sends now."""
 
     def look(self, record: Record, update: Update) -> tuple[Taken, Record | None]:
         """Say what this record would be; with a CONFLICT, the other one if it waits here."""
@@ -78,6 +80,9 @@ class Arrivals:
             self.full or share >= max(SURE, (self.limits.unordered - self._count) // 2)
         ):
             return Taken.REFUSED
+        fetch = self.fetches.get(update.payload)
+        if not own and fetch is not None and fetch.size != update.size:
+            return Taken.REFUSED  # one of the two lies about the size: let one show it
         self._shares[peer] = share + 1
         self.waiting.setdefault(update.author, {})[update.number] = record
         self._count += 1
@@ -100,12 +105,15 @@ class Arrivals:
         if fetch is None:
             fetch = self.fetches[update.payload] = Fetch(update.size, [], [])
         fetch.keys.append(Key(update.author, update.number))
-        self._add_source(fetch, source)
+        if source is not None:
+            self._add_source(update.payload, fetch, source)
 
-    def _add_source(self, fetch: Fetch, source: PeerId | None) -> None:
-        known = source is None or source in fetch.sources or source == fetch.source
+    def _add_source(self, payload: Hash, fetch: Fetch, source: PeerId) -> None:
+        known = source in fetch.sources or source == fetch.source
         if not known and len(fetch.sources) < MOST_SOURCES:
-            fetch.sources.append(source)  # type: ignore[arg-type]
+            fetch.sources.append(source)
+            if fetch.source is None:
+                self._offer(payload, source)
 
     def holds(self, source: PeerId, author: Author, count: int) -> None:
         """`source` has the first `count` updates of `author`: pull from it what still lacks."""
@@ -118,24 +126,28 @@ class Arrivals:
         if (heard := self.heard_from.get(record)) is not None:
             heard.add(source)
         if fetch := self.fetches.get(update.payload):
-            self._add_source(fetch, source)
+            self._add_source(update.payload, fetch, source)
 
     # ------------------------------------------------------------ pulling
 
     def pump(self) -> None:
-        """Start as many pulls as the bounds allow, the oldest first."""
-        for payload, fetch in self.fetches.items():
-            if self._active >= self.limits.pulls:
-                return
-            if fetch.source is None and fetch.sources:
-                self._start(payload, fetch)
+        """Start as many pulls as the bounds allow: of the least busy peer, what it offered first.
 
-    def _start(self, payload: Hash, fetch: Fetch) -> None:
-        room = self._active == 0 or self._bytes + fetch.size <= self.limits.staging_bytes
-        free = [p for p in fetch.sources if self._busy.get(p, 0) < PULLS_PER_SOURCE]
-        if not room or not free:
-            return
-        peer = min(free, key=lambda p: (self._busy.get(p, 0), fetch.sources.index(p)))
+        Thousands may wait for one busy peer: only peers are looked at here, never all that waits.
+        """
+        while self._active < self.limits.pulls:
+            free = [p for p in self._offers if self._busy.get(p, 0) < PULLS_PER_SOURCE]
+            if not free:
+                return
+            peer = min(free, key=lambda p: self._busy.get(p, 0))
+            payload = next(iter(self._offers[peer]))
+            fetch = self.fetches[payload]
+            if self._active and self._bytes + fetch.size > self.limits.staging_bytes:
+                return
+            self._start(payload, fetch, peer)
+
+    def _start(self, payload: Hash, fetch: Fetch, peer: PeerId) -> None:
+        self._withdraw(payload, fetch)
         fetch.sources.remove(peer)
         fetch.source = peer
         self._active += 1
@@ -143,7 +155,7 @@ class Arrivals:
         self._busy[peer] = self._busy.get(peer, 0) + 1
         self.out.add(Pull(peer, payload, fetch.size))
 
-    def _stopped(self, fetch: Fetch) -> None:
+    def _stopped(self, payload: Hash, fetch: Fetch) -> None:
         if fetch.source is not None:
             self._active -= 1
             self._bytes -= fetch.size
@@ -151,13 +163,25 @@ class Arrivals:
             if not self._busy[fetch.source]:
                 del self._busy[fetch.source]
             fetch.source = None
+            for source in fetch.sources:
+                self._offer(payload, source)
+
+    def _offer(self, payload: Hash, source: PeerId) -> None:
+        self._offers.setdefault(source, {})[payload] = None
+
+    def _withdraw(self, payload: Hash, fetch: Fetch) -> None:
+        for source in fetch.sources:
+            if offers := self._offers.get(source):
+                offers.pop(payload, None)
+                if not offers:
+                    del self._offers[source]
 
     def pulled(self, payload: Hash) -> None:
         """A payload is here: store the records that waited for it."""
-        fetch = self.fetches.pop(payload, None)
+        fetch = self.fetches.get(payload)
         if fetch is None:
             return
-        self._stopped(fetch)
+        self._unfetch(payload, fetch)
         for author, number in fetch.keys:
             if record := self.waiting.get(author, {}).get(number):
                 self.out.add(Store(record))
@@ -167,7 +191,7 @@ class Arrivals:
         fetch = self.fetches.get(payload)
         if fetch is None or fetch.source != peer:
             return False
-        self._stopped(fetch)
+        self._stopped(payload, fetch)
         fetch.failures += 1
         self.out.count("pull-failed")
         return not fetch.sources
@@ -181,7 +205,7 @@ class Arrivals:
         fetch.failures += 1
         if fetch.failures < MOST_FAILURES or fetch.source is not None:
             return []
-        del self.fetches[payload]
+        self._unfetch(payload, fetch)
         lost = []
         for author, number in fetch.keys:
             record = self.waiting.get(author, {}).get(number)
@@ -239,13 +263,17 @@ class Arrivals:
         for record in [r for n, r in self.waiting.get(author, {}).items() if n >= number]:
             if isinstance(record.statement, Update):
                 self._drop(record.statement)
-                self._unfetch(record.statement)
+                self._unwant(record.statement)
 
-    def _unfetch(self, update: Update) -> None:
+    def _unwant(self, update: Update) -> None:
         fetch, key = self.fetches.get(update.payload), Key(update.author, update.number)
         if fetch is None or key not in fetch.keys:
             return
         fetch.keys.remove(key)
         if not fetch.keys:
-            self._stopped(fetch)
-            del self.fetches[update.payload]
+            self._unfetch(update.payload, fetch)
+
+    def _unfetch(self, payload: Hash, fetch: Fetch) -> None:
+        self._stopped(payload, fetch)
+        self._withdraw(payload, fetch)
+        del self.fetches[payload]
