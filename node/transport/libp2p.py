@@ -369,6 +369,8 @@ class _Host:
         async with self.host.run(listen_addrs=listen):
             if not self.host.get_transport_addrs():
                 raise OSError(f"libp2p cannot listen on TCP port {self.settings.port}")
+            # It would dial everybody it ever heard of until half of `connections` are open.
+            await self.host.get_network().auto_connector.stop()
             # The DHT itself is not run: its hourly and ten-minute rounds would ask everybody it
             # knows. What little they do for us, `_meet` and `_keep_house` do.
             async with trio.open_nursery() as nursery:
@@ -411,7 +413,6 @@ class _Host:
             disable_identify_address_discovery=True,
             connection_config=ConnectionConfig(
                 max_connections=2 * self.limits.connections,
-                # The default of 100 dials everybody it ever heard of.
                 min_connections=0,
                 low_watermark=0,
                 high_watermark=self.limits.connections,
@@ -700,17 +701,19 @@ class _Host:
             server=f"{name}.local.",
             addresses=[ipaddress.ip_address(ip).packed for ip in own],
         )
-        seen, names = trio.open_memory_channel[str](self.limits.candidates)
+        seen, names = trio.open_memory_channel[tuple[str, bool]](self.limits.candidates)
 
         def changed(*, name: str, state_change: object, **_: object) -> None:
             if state_change is ServiceStateChange.Removed:
                 return
+            # Renewed records are an update, another life is an addition.
+            anew = state_change is ServiceStateChange.Added
             with _ignored(trio.RunFinishedError):  # on zeroconf's thread
-                self.token.run_sync_soon(offer, name)
+                self.token.run_sync_soon(offer, name, anew)
 
-        def offer(name: str) -> None:
+        def offer(name: str, anew: bool) -> None:
             with _ignored(trio.WouldBlock):
-                seen.send_nowait(name)
+                seen.send_nowait((name, anew))
 
         network = await _in_thread(
             lambda: Zeroconf(interfaces=list(own), ip_version=IPVersion.V4Only)
@@ -721,7 +724,9 @@ class _Host:
             looked = trio.current_time()
             while True:
                 with trio.move_on_after(self.limits.interfaces):
-                    await self._take_in(network, kind, await names.receive(), info.name)
+                    name, anew = await names.receive()
+                    if name != info.name:
+                        await self._take_in(network, kind, name, anew)
                 if trio.current_time() - looked > self.limits.interfaces:
                     looked = trio.current_time()
                     if own_addresses() != own:
@@ -730,11 +735,9 @@ class _Host:
             with trio.CancelScope(shield=True), trio.move_on_after(2):
                 await _in_thread(network.close)
 
-    async def _take_in(self, network: Any, kind: str, name: str, own: str) -> None:
+    async def _take_in(self, network: Any, kind: str, name: str, anew: bool) -> None:
         import trio
 
-        if name == own:
-            return
         info = await _in_thread(lambda: network.get_service_info(kind, name, timeout=2000))
         if info is None:
             return
@@ -747,7 +750,7 @@ class _Host:
         for peer_id, addresses in list(by_peer.items())[:1]:
             if peer_id != self.me:
                 now = trio.current_time()
-                self.candidates.found(peer_id, addresses, "mdns", now, anew=True)
+                self.candidates.found(peer_id, addresses, "mdns", now, anew=anew)
 
 
 # ---------------------------------------------------------------- values, no libp2p needed

@@ -412,6 +412,9 @@ def test_who_was_found_costs_nothing_more() -> None:
             await asyncio.sleep(0.1)
             meter.sample()
         assert meter.bytes_out == before
+        for finder in both:  # its round comes only every 30 s: too long to wait for here
+            assert finder._host is not None
+            assert not finder._host.host.get_network().auto_connector._started
 
     with_swarm(scenario)
 
