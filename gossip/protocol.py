@@ -771,8 +771,11 @@ class Protocol:
             if agreement.strikes[peer] >= STRIKES and not self.diverged:
                 self.diverged = True
                 self.out.happened("diverged", peer)
-        if self.diverged and agreement.agrees():
-            self.diverged = self.turns.rebuilt = False
+        if not agreement.agrees():
+            return
+        self.turns.rebuilt = False  # should we differ again, rebuild again
+        if self.diverged:
+            self.diverged = False
             self.out.happened("agreed", self.me)
 
     # ------------------------------------------------------------ what we may do

@@ -133,8 +133,10 @@ class Turns:
             return
         weight = self.weight.at(turn, len(members))
         publish = drawn(turn, self.me, self.run.participation)
-        self._asked = self.frontier.version
-        self._ask(StartTurn(turn, weight, self.pace.counts(turn), publish))
+        counts = self.pace.counts(turn)
+        # In lockstep a turn leaves out later ones: what they brought is still to be asked for.
+        self._asked = self.frontier.version if counts == self.frontier.counts() else -1
+        self._ask(StartTurn(turn, weight, counts, publish))
 
     # ------------------------------------------------------------ answers
 

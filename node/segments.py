@@ -214,9 +214,9 @@ class Segments:
         """
         numbers = sorted(int(p.stem) for p in self.directory.glob("*.seg") if p.stem.isdecimal())
         for number in numbers:
-            yield from self._scan_segment(number, payloads=number == numbers[-1])
+            yield from self._scan_segment(number, last=number == numbers[-1])
 
-    def _scan_segment(self, number: int, *, payloads: bool) -> Iterator[tuple[Place, Head, bytes]]:
+    def _scan_segment(self, number: int, *, last: bool) -> Iterator[tuple[Place, Head, bytes]]:
         with self.path(number).open("rb") as file:
             fd, good = file.fileno(), 0
             end = os.fstat(fd).st_size
@@ -224,10 +224,12 @@ class Segments:
                 self._check_segment_head(os.pread(fd, _SEGMENT.size, 0), number)
                 good = _SEGMENT.size
                 while good < end:
-                    head, record = self._read_frame(fd, good, end, payloads=payloads)
+                    head, record = self._read_frame(fd, good, end, payloads=last)
                     yield place(number, good), head, record
                     good += head.frame_bytes
             except TornError:
+                # Sealed segments were synced whole: no crash cuts their end off.
+                self.damaged = self.damaged or not last
                 self._cut(number, good, end)
             except DamageError as damage:
                 self._set_aside(number, good, str(damage))
