@@ -1,12 +1,12 @@
 """May the next turn start, with what weight, and who is drawn for it? (design 3.2 and 3.3)"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
 from shoal.gossip.frontier import Counts, Frontier
 from shoal.gossip.limits import Limits
-from shoal.gossip.names import PeerId, digest
+from shoal.gossip.names import Author, PeerId, digest
 
 MOST_ABSENT_LOOKBACK = 64
 
@@ -67,7 +67,7 @@ class Free:
         """Nothing to wait for."""
         return None
 
-    def counts(self, turn: int) -> Counts:
+    def begin(self, turn: int, applied: Mapping[Author, int]) -> Counts:
         """Return the frontier to train `turn` from: all there is."""
         return self.frontier.counts()
 
@@ -80,19 +80,28 @@ class Lockstep:
     limits: Limits
     min_peers: int
     participation: float
-    reproducible: bool = True
-    """False once somebody was waited for in vain."""
+    _exact: bool = True
+    """False once somebody was waited for in vain, or a model was not that of its turn."""
     _turn: int = 0
     _deadline: float | None = None
+    _begun: tuple[int, Counts] = (0, ())
+    """The last turn that began, and from where."""
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether every turn so far began from exactly the updates of the turns before."""
+        turn, counts = self._begun
+        # What came later than its turn's end was missing: from a joiner, or after a false alarm.
+        return self._exact and (not turn or self.frontier.up_to_turn(turn - 1) == counts)
 
     def ready(self, turn: int, members: Iterable[PeerId], now: float) -> bool:
-        """Say whether `turn` may start; `members` are those that train, ourselves included."""
+        """Say whether `turn` may start; `members` train or have finished, we among them."""
         if turn != self._turn:
             self._turn, self._deadline = turn, now + self.limits.lockstep_deadline
         complete = self._complete(turn - 1, list(members))
         late = self._deadline is not None and now >= self._deadline
         if not complete and late:
-            self.reproducible = False
+            self._exact = False
         return complete or late
 
     def wake(self) -> float | None:
@@ -108,14 +117,21 @@ class Lockstep:
 
     def _takes_part(self, member: PeerId, turn: int, latest: dict[PeerId, int]) -> bool:
         """A member is waited for once it has published the last turn it was drawn for."""
-        for earlier in range(turn - 1, max(turn - MOST_ABSENT_LOOKBACK, 0), -1):
+        first = max(turn - MOST_ABSENT_LOOKBACK, 0)
+        for earlier in range(turn - 1, first, -1):
             if drawn(earlier, member, self.participation):
                 return latest.get(member, 0) >= earlier
-        return turn == 1 or member in latest
+        return first == 0 or member in latest
 
-    def counts(self, turn: int) -> Counts:
-        """Return the frontier to train `turn` from."""
-        return self.frontier.up_to_turn(turn - 1)
+    def begin(self, turn: int, applied: Mapping[Author, int]) -> Counts:
+        """Return the frontier to train `turn` from; the model holds `applied` by now."""
+        self._exact = self.reproducible
+        counts = self.frontier.up_to_turn(turn - 1)
+        known = dict(counts)
+        # Who joins or resumes has applied what there was, later turns too.
+        self._exact &= all(n <= known.get(author, 0) for author, n in applied.items())
+        self._begun = (turn, counts)
+        return counts
 
 
 def latest_turns(frontier: Frontier) -> dict[PeerId, int]:

@@ -103,7 +103,6 @@ UNKNOWN_LOGS = 512
 """Logs in such a statement beyond twice those that we know of: what is longer cannot be used."""
 COMPARERS = 64
 """So many members compare one statement of fingerprint, on average."""
-PUBLISHING = (Standing.TRAINING,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +180,7 @@ class Protocol:
             pacing.Weight(run.min_peers, limits.weight_turns),
             seal,
             self.training,
+            self._awaited,
             self._may_publish,
         )
         self.admissions: dict[PeerId, bytes] = dict(held.admissions)
@@ -795,8 +795,15 @@ class Protocol:
 
     def training(self) -> list[PeerId]:
         """Return the members that train now, ourselves included if we do, sorted."""
+        return self._standing_as(Standing.TRAINING)
+
+    def _awaited(self) -> list[PeerId]:
+        # Who says that it has finished says it sooner than its last updates come.
+        return self._standing_as(Standing.TRAINING, Standing.FINISHED)
+
+    def _standing_as(self, *standings: Standing) -> list[PeerId]:
         standing = self.membership.standing_of
-        return [p for p in self.view.ring if standing(p) in PUBLISHING and p not in self.accused]
+        return [p for p in self.view.ring if standing(p) in standings and p not in self.accused]
 
     def _standing(self) -> Standing:
         if self.run.observe:

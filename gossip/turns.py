@@ -53,6 +53,8 @@ class Turns:
     seal: Callable[[Statement], Record]
     training: Callable[[], list[PeerId]]
     """The members that train, ourselves included."""
+    awaited: Callable[[], list[PeerId]]
+    """The members that train or have finished: the updates of their turns come, or have come."""
     may_publish: Callable[[], bool]
     next: int = 0
     """The turn to start next; 0: we have not joined."""
@@ -127,13 +129,13 @@ class Turns:
 
     def _start_turn(self, now: float) -> None:
         turn, members = self.next, self.training()
-        if not self.pace.ready(turn, members, now):
+        if not self.pace.ready(turn, self.awaited(), now):
             if (wake := self.pace.wake()) is not None:
                 self.timers.set("turn", wake)
             return
         weight = self.weight.at(turn, len(members))
         publish = drawn(turn, self.me, self.run.participation)
-        counts = self.pace.counts(turn)
+        counts = self.pace.begin(turn, self.agreement.applied)
         # In lockstep a turn leaves out later ones: what they brought is still to be asked for.
         self._asked = self.frontier.version if counts == self.frontier.counts() else -1
         self._ask(StartTurn(turn, weight, counts, publish))

@@ -172,8 +172,8 @@ def test_lockstep_waits_for_all_who_take_part() -> None:
 def test_lockstep_trains_on_the_turns_before_exactly() -> None:
     pace = Lockstep(held((0, 1), (1, 1), (1, 2), (0, 2), (1, 3)), Limits(), 2, 1.0)
     assert pace.ready(3, [peer(0), peer(1)], 0.0)
-    assert dict(pace.counts(2)) == {Author(peer(0), 0): 1, Author(peer(1), 1): 1}
-    assert dict(pace.counts(3)) == {Author(peer(0), 0): 2, Author(peer(1), 1): 2}
+    assert dict(pace.begin(2, {})) == {Author(peer(0), 0): 1, Author(peer(1), 1): 1}
+    assert dict(pace.begin(3, {})) == {Author(peer(0), 0): 2, Author(peer(1), 1): 2}
 
 
 def test_lockstep_begins_with_min_peers_and_does_not_wait_for_a_joiner() -> None:
