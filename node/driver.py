@@ -22,7 +22,7 @@ from shoal.node.fetcher import Fetcher
 from shoal.node.identity import peer_text
 from shoal.node.journal import Journal
 from shoal.node.metrics import Counters
-from shoal.node.store import Store, StoreFailed
+from shoal.node.store import DamagedError, Store, StoreFailed
 from shoal.node.transport.handler import Buffer
 
 log = logging.getLogger(__name__)
@@ -280,7 +280,11 @@ class Driver:
 
     def payload(self, payload: Hash) -> Buffer | None:
         """Serve a payload from the log."""
-        return self.store.payload(payload)
+        try:
+            return self.store.payload(payload)
+        except DamagedError as error:
+            self.lost(error.key)
+            return None
 
     def genesis(self) -> bytes:
         """Serve the genesis."""

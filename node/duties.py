@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import safetensors
 import torch
 
 from shoal.node import pipe
@@ -67,8 +68,7 @@ class Duties:
             case pipe.Recompute():
                 answer = self._done([], self._ready().recompute())
             case pipe.Export(path, metadata):
-                self._ready().export(Path(path), metadata)
-                answer = pipe.Ready()
+                answer = self._export(Path(path), metadata)
             case pipe.Save() | pipe.Stop():
                 self._save()
                 answer = pipe.Ready()
@@ -213,6 +213,14 @@ class Duties:
             self._pending = False
         return pipe.Ready()
 
+    def _export(self, path: Path, metadata: dict[str, str]) -> pipe.Answer:
+        """Write the model; a disk that does not take it is the operator's affair, not ours."""
+        try:
+            self._ready().export(path, metadata)
+        except (OSError, safetensors.SafetensorError) as error:
+            return pipe.Ready(f"{path} can't be written: {error}")
+        return pipe.Ready()
+
     # ------------------------------------------------------------------ checkpoints
 
     def _restore(self, request: pipe.Open) -> tuple[str, bool]:
@@ -224,8 +232,10 @@ class Duties:
         try:
             loaded = trainer.load(path, request.own)
             counts = {(bytes.fromhex(p), log): n for p, log, n in loaded.frontier}
-        except (CheckpointError, ValueError, TypeError) as error:
-            return f"{error}", False
+        except Exception as error:  # whatever is wrong with it, the log is enough to start from
+            self._build(request.setup, trainer.initial_bytes())
+            known = isinstance(error, CheckpointError)
+            return f"{error}" if known else f"{path}: {type(error).__name__}: {error}", False
         held = {(peer, log): count for peer, log, count in request.held}
         if any(count > held.get(author, 0) for author, count in counts.items()):
             self._build(request.setup, trainer.initial_bytes())
@@ -285,5 +295,10 @@ def _memory(trainer: Trainer) -> int:
 
 def _write(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:  # it is made anew at the next start; others fetch it elsewhere
+        log.warning("initial model not kept: %s", error.strerror)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

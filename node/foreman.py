@@ -119,7 +119,9 @@ class Foreman:
 
     async def export(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the shared model; raises ConfigError when that can't be done."""
-        await self._ask(pipe.Export(str(path), dict(metadata)), pipe.Ready)
+        answer = await self._ask(pipe.Export(str(path), dict(metadata)), pipe.Ready)
+        if answer.problem:
+            raise ConfigError(answer.problem)
 
     async def evaluate(self) -> None:
         """Measure the shared model on held-out data, into `now.evaluation`."""

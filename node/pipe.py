@@ -237,6 +237,9 @@ class Measured(msgspec.Struct, frozen=True, tag_field="is", tag="measured"):
 class Ready(msgspec.Struct, frozen=True, tag_field="is", tag="ready"):
     """Done."""
 
+    problem: str = ""
+    """Why it could not be done, where that is no reason to end."""
+
 
 class Failed(msgspec.Struct, frozen=True, tag_field="is", tag="failed"):
     """It could not be done. `kind` "config": trying again is no use, the operator must act."""

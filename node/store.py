@@ -331,10 +331,24 @@ class Store:
         return key in self._memory or bool(self._place(key))
 
     def payload(self, payload: Hash) -> bytes | None:
-        """Return a payload by its hash, or None when it is not here (or not readable)."""
-        size = self.payload_size(payload)
-        data = None if size is None else self.read_payload(payload, 0, size)
-        return data if data is not None and len(data) == size else None
+        """Return a payload by its hash, or None when it is not here.
+
+        Raises `DamagedError` (and forgets the update) when it can't be read any more.
+        """
+        with self._lock:
+            if payload in self._memory_payloads:
+                return self._memory_payloads[payload]
+            at = self._payloads.get(payload)
+            if at is None:
+                return None
+            try:
+                head = self._segments.head(Place(at))
+            except (DamageError, OSError):
+                return None
+            try:
+                return self._segments.payload(Place(at), head)
+            except (DamageError, OSError) as error:
+                raise self._forget(Key(head.author, head.number), error) from error
 
     def payload_size(self, payload: Hash) -> int | None:
         """Return the size of a payload that is held."""

@@ -312,3 +312,20 @@ def test_asking_for_records_reads_no_payloads(tmp_path: Path) -> None:
         assert answer == Push(tuple(records))
 
     play(tmp_path, scenario)
+
+
+def test_a_damaged_payload_is_not_served_but_fetched_anew(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        bobs = Author(BOB, 7)
+        records = await three_of_bob(scene)
+        name = digest(LARGE + bytes([1]))
+        assert scene.driver.payload(name) == LARGE + bytes([1])
+        spoil(scene.store, bobs, 2, record=False)
+        assert scene.driver.payload(name) is None
+        await asyncio.sleep(0)
+        assert scene.core.frontier.count(bobs) == 1
+        await scene.hear(BOB, records[1])
+        assert scene.core.frontier.count(bobs) == 3
+        assert scene.driver.payload(name) == LARGE + bytes([1])
+
+    play(tmp_path, scenario)

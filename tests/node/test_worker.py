@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 
 from shoal.node import duties, pipe, worker
@@ -263,6 +264,42 @@ def test_a_damaged_checkpoint_is_not_used(founded: pipe.Founded, tmp_path: Path,
     _, ready = opened(founded, tmp_path, held=[(ME, 1, 1)], own=(1, 1))
     assert (ready.frontier, ready.fingerprint, ready.kept) == ([], start.fingerprint, False)
     assert ready.note
+
+
+def test_a_checkpoint_that_does_not_fit_is_no_reason_to_die(
+    founded: pipe.Founded, tmp_path: Path
+) -> None:
+    """Another version of the optimizer, say; the log is enough to start from."""
+    w, before = opened(founded, tmp_path)
+    payload = take_turn(w, 1)
+    ask(w, pipe.Save())
+    path = tmp_path / "checkpoint" / "state"
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["inner/9/0/momentum_buffer"] = tensors["ledger"].float()
+    safetensors.torch.save_file(tensors, path, metadata)
+    w, ready = opened(founded, tmp_path, held=[(ME, 1, 1)], own=(1, 1))
+    assert "IndexError" in ready.note
+    assert (ready.frontier, ready.fingerprint) == ([], before.fingerprint)
+    ask(w, pipe.Apply([item(1, payload)]), payload)
+    take_turn(w, 2)
+
+
+def test_a_disk_that_takes_no_initial_model_stops_nothing(
+    founded: pipe.Founded, tmp_path: Path
+) -> None:
+    _, ready = opened(founded, tmp_path, initial=str(tmp_path / "missing" / "initial.bin"))
+    assert ready.frontier == []
+
+
+def test_an_export_that_the_disk_refuses_is_said_and_the_worker_lives(
+    founded: pipe.Founded, tmp_path: Path
+) -> None:
+    w, _ = opened(founded, tmp_path)
+    answer = ask(w, pipe.Export(str(tmp_path / "missing" / "model.safetensors")))
+    assert "model.safetensors can't be written" in answer.problem
+    take_turn(w, 1)
 
 
 def test_checkpoints_are_written_at_a_bounded_rate(
