@@ -132,6 +132,20 @@ def test_who_failed_long_ago_is_forgotten_and_stays_so() -> None:
     assert simulator.now - max(forgotten) > 60
 
 
+def test_who_left_long_ago_is_forgotten() -> None:
+    simulator = Simulator(
+        4,
+        fake_run(),
+        seed=20,
+        limits=replace(Limits(), keep=20.0),
+        observers=range(4),
+        faults=[Fault.depart(peer=3, at=5), Fault.crash(peer=3, at=6)],
+    )
+    simulator.run(60)
+    gone = simulator.peers[3].id
+    assert all(gone not in p.core.view.peers() for p in simulator.living())
+
+
 def test_everybody_learns_everybody_through_one_door() -> None:
     simulator = Simulator(24, fake_run(), seed=17, observers=range(24))
     simulator.run(15)

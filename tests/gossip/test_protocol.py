@@ -1,0 +1,248 @@
+"""Two cores wired by hand: the order of effects, the worker's hand-shake, refutation."""
+
+import random
+from collections.abc import Iterable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.gossip import events as ev
+from shoal.gossip.limits import Limits
+from shoal.gossip.messages import Ack, Digest, Ping, Push, Want
+from shoal.gossip.names import Author, Key, PeerId, RunId, digest
+from shoal.gossip.protocol import Protocol
+from shoal.gossip.records import Alive, Record, Report, Standing, Statement, Suspect, Update
+from shoal.gossip.run import Held, Run
+
+RUN = Run(RunId(digest(b"run")), turns=5, most_bytes={"fake": 1000})
+ONE, TWO = PeerId(digest(b"one")), PeerId(digest(b"two"))
+NO_MODEL = ev.WorkerReady((), (0, 0))
+
+
+def seal(statement: Statement) -> Record:
+    raw = repr(statement).encode()
+    return Record(digest(raw), raw, statement)
+
+
+def core(me: PeerId = ONE, records: Iterable[Record] = (), run: Run = RUN) -> Protocol:
+    by_key = {
+        Key(r.statement.author, r.statement.number): r
+        for r in records
+        if isinstance(r.statement, Update)
+    }
+    held = Held(tuple(by_key.values()), recall=by_key.get)
+    return Protocol(run, me, 7, 1, seal, random.Random(1), Limits(), held)
+
+
+def started(me: PeerId = ONE, run: Run = RUN) -> Protocol:
+    one = core(me, run=run)
+    one.handle(ev.Start(("/ip4/127.0.0.1/tcp/1",), b"admitted", alone=True), 0.0)
+    return one
+
+
+def of(kind: type, effects: list[ev.Effect]) -> list[ev.Effect]:
+    return [e for e in effects if isinstance(e, kind)]
+
+
+def worker_requests(effects: list[ev.Effect]) -> list[ev.Effect]:
+    return [e for e in effects if isinstance(e, ev.StartTurn | ev.Apply | ev.Subtract | ev.Rebuild)]
+
+
+def turn_done(turn: int) -> ev.TurnDone:
+    payload = b"payload of %d" % turn
+    return ev.TurnDone(turn, "fake", digest(payload), len(payload), payload, Report(turn=turn))
+
+
+def update(author: Author, number: int, payload: bytes = b"x") -> Record:
+    body = Update(author, number, number, "fake", digest(payload), len(payload), payload)
+    return seal(body)
+
+
+def pushed(effects: list[ev.Effect], to: PeerId) -> list[Statement]:
+    return [
+        record.statement
+        for e in effects
+        if isinstance(e, ev.Send) and e.peer == to and isinstance(e.message, Push)
+        for record in e.message.records
+    ]
+
+
+def test_an_update_is_stored_before_anybody_hears_of_it() -> None:
+    one = started()
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
+    (start,) = worker_requests(one.handle(NO_MODEL, 0.2))
+    assert isinstance(start, ev.StartTurn)
+    assert (start.turn, start.frontier) == (1, ())
+    one.handle(ev.Applied((), (0, 0), ()), 0.3)
+    effects = one.handle(turn_done(1), 1.0)
+    (store,) = of(ev.Store, effects)
+    assert isinstance(store, ev.Store)
+    assert store.own
+    assert pushed(effects, TWO) == []
+    assert worker_requests(effects) == [], "nothing is asked while the number is not on disk"
+    effects = one.handle(ev.Stored(store.record), 1.1)
+    assert pushed(effects, TWO) == [store.record.statement]
+    (following,) = worker_requests(effects)
+    assert isinstance(following, ev.StartTurn)
+    assert following.turn == 2
+    assert dict(following.frontier) == {Author(ONE, 7): 1}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["answer", "update", "down", "ready", "pause", "resume", "tick"])))
+def test_the_worker_never_has_two_requests(steps: list[str]) -> None:
+    one, author = started(), Author(TWO, 3)
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.0)
+    open_request: ev.Effect | None = None
+    ready, number, now = False, 0, 0.0
+    applied: ev.Applied = ev.Applied((), (0, 0), ())
+    queue: list[ev.Event] = []
+    for step in [*steps, "answer", "answer"]:
+        now += 1.0
+        match step:
+            case "update":
+                number += 1
+                queue.append(ev.Received(TWO, Push((update(author, number),))))
+            case "down":
+                ready, open_request = False, None
+                queue.append(ev.WorkerDown("killed"))
+            case "ready" if not ready:
+                ready, applied = True, ev.Applied((), (0, 0), ())
+                queue.append(NO_MODEL)
+            case "answer" if open_request is not None:
+                request, open_request = open_request, None
+                frontier = getattr(request, "frontier", ())
+                applied = ev.Applied(frontier, (0, 0), ())
+                if isinstance(request, ev.StartTurn):
+                    queue += [applied, turn_done(request.turn)]
+                else:
+                    queue.append(applied)
+            case "pause":
+                queue.append(ev.Pause())
+            case "resume":
+                queue.append(ev.Resume())
+            case _:
+                queue.append(ev.Tick())
+        while queue:
+            for effect in one.handle(queue.pop(0), now):
+                if isinstance(effect, ev.Store):
+                    queue.append(ev.Stored(effect.record))
+                for request in worker_requests([effect]):
+                    assert ready, "nothing is asked of a dead worker"
+                    assert open_request is None, f"{request} before {open_request} was answered"
+                    open_request = request
+
+
+def test_a_new_worker_starts_from_the_frontier_it_states() -> None:
+    one = started(run=Run(RUN.id, turns=0, most_bytes=RUN.most_bytes, observe=True))
+    author = Author(TWO, 3)
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.0)
+    for n in (1, 2):
+        (store,) = of(ev.Store, one.handle(ev.Received(TWO, Push((update(author, n),))), 0.1))
+        assert isinstance(store, ev.Store)
+        one.handle(ev.Stored(store.record), 0.1)
+    (apply,) = worker_requests(one.handle(NO_MODEL, 1.0))
+    assert apply == ev.Apply(((author, 2),))
+    one.handle(ev.WorkerDown("killed"), 2.0)
+    (again,) = worker_requests(one.handle(ev.WorkerReady(((author, 1),), (5, 5)), 3.0))
+    assert again == ev.Apply(((author, 2),))
+    ahead = one.handle(ev.WorkerDown("killed"), 4.0)
+    ahead = one.handle(ev.WorkerReady(((author, 9),), (5, 5)), 5.0)
+    assert worker_requests(ahead) == [ev.Rebuild()], "it holds more than the log"
+
+
+def test_a_dropped_turn_publishes_nothing_and_the_next_one_starts() -> None:
+    one = started()
+    one.handle(NO_MODEL, 0.1)
+    one.handle(ev.Applied((), (0, 0), ()), 0.2)
+    effects = one.handle(ev.TurnDone(1, "fake", None, 0, None, Report(turn=1)), 1.0)
+    assert of(ev.Store, effects) == []
+    (start,) = worker_requests(effects)
+    assert isinstance(start, ev.StartTurn)
+    assert start.turn == 2
+
+
+def test_a_full_log_discards_the_turn() -> None:
+    one = started()
+    one.handle(NO_MODEL, 0.1)
+    one.handle(ev.Applied((), (0, 0), ()), 0.2)
+    (store,) = of(ev.Store, one.handle(turn_done(1), 1.0))
+    assert isinstance(store, ev.Store)
+    effects = one.handle(ev.StoreFailed(store.record, "log full"), 1.1)
+    assert of(ev.Discard, effects) == [ev.Discard()]
+    assert of(ev.Store, effects) == []
+    assert worker_requests(effects) == []
+    assert one.state == "degraded: log full"
+
+
+def test_a_suspicion_is_outbid_at_whatever_incarnation() -> None:
+    one = started()
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
+    for incarnation in (one.membership.incarnation, 40):
+        accusation = seal(Suspect(TWO, ONE, incarnation))
+        effects = one.handle(ev.Received(TWO, Push((accusation,))), 1.0)
+        said = [s for s in pushed(effects, TWO) if isinstance(s, Alive)]
+        effects += one.handle(ev.Tick(), 2.0)
+        said += [s for s in pushed(effects, TWO) if isinstance(s, Alive)]
+        assert said[-1].incarnation == incarnation + 1
+        assert said[-1].standing is Standing.TRAINING
+
+
+def test_a_ping_is_acknowledged_and_a_doubt_in_it_refuted() -> None:
+    one = started()
+    effects = one.handle(ev.Received(TWO, Ping(5, suspected=3)), 1.0)
+    assert ev.Send(TWO, Ack(5)) in effects
+    assert any(isinstance(s, Alive) and s.incarnation == 4 for s in pushed(effects, TWO))
+
+
+def test_equal_frontiers_cost_two_hashes() -> None:
+    records = [update(Author(TWO, 3), n) for n in range(1, 50)]
+    one, two = core(ONE, records), core(TWO, records)
+    for peer in (one, two):
+        peer.handle(ev.Start(("a",), b"admitted", alone=True), 0.0)
+    said = [e for e in one.handle(ev.LinkUp(TWO, b"admitted"), 1.0) if isinstance(e, ev.Send)]
+    two.handle(ev.LinkUp(ONE, b"admitted"), 1.0)
+    (statement,) = [e.message for e in said if isinstance(e.message, Digest)]
+    assert statement.entries == ()
+    answers = two.handle(ev.Received(ONE, statement), 1.1)
+    assert not any(isinstance(e, ev.Send) and isinstance(e.message, Digest) for e in answers)
+
+
+def test_a_hole_is_asked_for_by_its_numbers() -> None:
+    author = Author(TWO, 3)
+    records = [update(author, n) for n in range(1, 11)]
+    full = core(TWO, records)
+    full.handle(ev.Start(("a",), b"admitted", alone=True), 0.0)
+    one = core(ONE, [records[0], records[1], records[5]])
+    one.handle(ev.Start(("a",), b"admitted", alone=True), 0.0)
+    one.handle(ev.LinkUp(TWO, b"admitted"), 1.0)
+    entries = full.frontier.entries()
+    effects = one.handle(ev.Received(TWO, Digest(entries, True, full.frontier.hash, 0, False)), 1.1)
+    wants = [e.message for e in effects if isinstance(e, ev.Send) and isinstance(e.message, Want)]
+    assert wants == [Want(author, 3, 5), Want(author, 7, 10)]
+    full.handle(ev.LinkUp(ONE, b"admitted"), 1.2)
+    for want in wants:
+        for answer in full.handle(ev.Received(ONE, want), 1.3):
+            if isinstance(answer, ev.Send) and isinstance(answer.message, Push):
+                for effect in one.handle(ev.Received(TWO, answer.message), 1.4):
+                    if isinstance(effect, ev.Store):
+                        one.handle(ev.Stored(effect.record), 1.5)
+    assert one.frontier.hash == full.frontier.hash
+
+
+def test_events_that_no_longer_fit_yield_nothing() -> None:
+    one = started()
+    record = update(Author(TWO, 3), 1)
+    stale: list[ev.Event] = [
+        ev.LinkDown(TWO, "gone"),
+        ev.Pulled(digest(b"unknown")),
+        ev.PullFailed(TWO, digest(b"unknown"), "gone"),
+        ev.Stored(record),
+        ev.StoreFailed(record, "disk: gone"),
+        turn_done(3),
+        ev.Received(TWO, Ack(99)),
+    ]
+    for event in stale:
+        kinds = {type(e) for e in one.handle(event, 1.0)}
+        assert kinds <= {ev.Wake, ev.Store}
+    assert one.frontier.total() == 0
