@@ -12,6 +12,7 @@ Every call may be cancelled: an answer that nobody waits for any more is dropped
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -43,6 +44,8 @@ LAST_WORDS = 2.0
 LOG_BYTES = 1 << 20
 """worker.log is rotated beyond this; one older file is kept."""
 _LINE = 2000
+_EXHAUSTED = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+"""The machine has no memory, process or descriptor to give just now: as if it had died at once."""
 _Answer = TypeVar("_Answer", bound=pipe.Answer)
 
 
@@ -158,6 +161,13 @@ class Supervisor:
                 env=self._env,
                 start_new_session=True,  # Ctrl-C is for the daemon, which then stops the worker
             )
+        except OSError as error:
+            ours.close()
+            if error.errno not in _EXHAUSTED:
+                raise
+            self._failures += 1
+            self.reason = f"worker: can't be started ({error.strerror})"
+            raise WorkerDied(self.reason) from error
         except BaseException:
             ours.close()
             raise

@@ -1,6 +1,7 @@
 """The worker's death is noticed, explained and survived. The children here need no torch."""
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -218,6 +219,26 @@ def test_it_gives_up_after_so_many_deaths_without_a_good_turn(tmp_path: Path) ->
         assert supervisor.restarts == 3
 
     drive(tmp_path, scenario, tries=3)
+
+
+def test_a_machine_without_room_for_a_process_is_a_death_like_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(*command: str, **options: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+
+    async def run() -> None:
+        supervisor = Supervisor(command(), tries=2, backoff=0.01)
+        for _ in range(2):
+            with pytest.raises(WorkerDied, match=r"can't be started \(Resource temporarily"):
+                await supervisor.start()
+        with pytest.raises(WorkerGone, match="gave up after 2 starts"):
+            await supervisor.start()
+        assert supervisor.pid is None
+
+    asyncio.run(run())
 
 
 def test_an_answer_that_nobody_waits_for_is_dropped(tmp_path: Path) -> None:
