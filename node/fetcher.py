@@ -3,11 +3,10 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from hashlib import blake2b
 
 from shoal.gossip.events import Misbehaved, Pull, Pulled, PullFailed
 from shoal.gossip.limits import Limits
-from shoal.gossip.names import Hash, PeerId
+from shoal.gossip.names import Hash, PeerId, digest
 from shoal.node.errors import PeerError
 
 log = logging.getLogger(__name__)
@@ -15,6 +14,9 @@ log = logging.getLogger(__name__)
 
 SLOWEST = 8 << 10
 """Bytes a second below which a source counts as one that does not deliver."""
+
+LARGE = 4 << 20
+"""Hashing more bytes than this would hold up the loop for more than some milliseconds."""
 
 Source = Callable[[PeerId, Hash, int, int], AsyncIterator[bytes]]
 """The transport's `pull`: peer, payload, size, offset → chunks; raises PeerError."""
@@ -37,7 +39,10 @@ class Fetcher:
         self.feed = feed
         self.limits = limits
         self.arrived: dict[Hash, bytes] = {}
-        self.partial: dict[Hash, bytearray] = {}
+        self.partial: dict[tuple[Hash, int], bytearray] = {}
+        """By payload and declared size: a record may declare a wrong one."""
+        self._reading: dict[int, bytearray] = {}
+        """What is being written to, by its id: each has one source."""
         self.bytes_in = 0
 
     def take(self, payload: Hash) -> bytes | None:
@@ -48,14 +53,23 @@ class Fetcher:
         """Perform one `Pull`, which ends in `Pulled` or `PullFailed`; return how it went."""
         if self._staged() + pull.size > self.limits.staging_bytes and self.partial:
             self._drop_oldest_partial(without=pull.payload)
-        buffer = self.partial.setdefault(pull.payload, bytearray())
+        buffer = self.partial.pop((pull.payload, pull.size), bytearray())
+        resumed = len(buffer) > 0
+        self._reading[id(buffer)] = buffer
         try:
             await self._read(pull, buffer)
-        except PeerError as error:
-            return self._failed(pull, error.reason)
-        except TimeoutError:
-            return self._failed(pull, "timeout")
-        return self._verify(pull, bytes(buffer))
+            data = bytes(buffer)
+            genuine = await _matches(data, pull.payload)
+        except (PeerError, TimeoutError) as error:
+            if buffer:
+                self.partial[pull.payload, pull.size] = buffer
+            return self._failed(pull, error.reason if isinstance(error, PeerError) else "timeout")
+        finally:
+            del self._reading[id(buffer)]
+        if not genuine and resumed:
+            # Whose bytes are wrong is not known: take all of them from this source.
+            return await self.fetch(pull)
+        return self._verified(pull, data, genuine=genuine)
 
     async def _read(self, pull: Pull, buffer: bytearray) -> None:
         chunks = self.source(pull.peer, pull.payload, pull.size, len(buffer))
@@ -75,9 +89,8 @@ class Fetcher:
             buffer += chunk
             self.bytes_in += len(chunk)
 
-    def _verify(self, pull: Pull, data: bytes) -> str:
-        self.partial.pop(pull.payload, None)
-        if blake2b(data, digest_size=32).digest() == pull.payload:
+    def _verified(self, pull: Pull, data: bytes, *, genuine: bool) -> str:
+        if genuine:
             self.arrived[pull.payload] = data
             self.feed(Pulled(pull.payload))
             return "done"
@@ -89,10 +102,18 @@ class Fetcher:
         return reason
 
     def _staged(self) -> int:
-        return sum(map(len, self.arrived.values())) + sum(map(len, self.partial.values()))
+        held = (self.arrived, self.partial, self._reading)
+        return sum(len(data) for each in held for data in each.values())
 
     def _drop_oldest_partial(self, *, without: Hash) -> None:
-        for payload in self.partial:
-            if payload != without:
-                del self.partial[payload]
+        for key in self.partial:
+            if key[0] != without:
+                del self.partial[key]
                 return
+
+
+async def _matches(data: bytes, payload: Hash) -> bool:
+    """Say whether these bytes are the payload; large ones are hashed beside the loop."""
+    if len(data) <= LARGE:
+        return digest(data) == payload
+    return await asyncio.to_thread(digest, data) == payload

@@ -90,3 +90,55 @@ def test_a_chunk_that_oversteps_the_declared_size_is_refused(extra: int) -> None
     fetcher = Fetcher(pull, heard.append, Limits())
     asyncio.run(fetcher.fetch(Pull(HONEST, NAME, len(DATA))))
     assert heard == [PullFailed(HONEST, NAME, "oversize")]
+
+
+def test_who_goes_on_after_a_liar_is_not_blamed_for_its_bytes() -> None:
+    heard: list[object] = []
+
+    async def pull(peer: PeerId, payload: Hash, size: int, offset: int) -> AsyncIterator[bytes]:
+        if peer == LIAR:
+            yield b"?" * 3000
+            raise PeerError("unreachable", "gone")
+        yield DATA[offset:]
+
+    fetcher = Fetcher(pull, heard.append, Limits())
+
+    async def main() -> None:
+        await fetcher.fetch(Pull(LIAR, NAME, len(DATA)))
+        await fetcher.fetch(Pull(HONEST, NAME, len(DATA)))
+
+    asyncio.run(main())
+    assert heard == [PullFailed(LIAR, NAME, "unreachable"), Pulled(NAME)]
+    assert fetcher.take(NAME) == DATA
+
+
+def test_two_pulls_of_one_payload_do_not_mix() -> None:
+    """The first was given up by the core, which asks again for another record's sake."""
+    heard: list[object] = []
+    fetcher = Fetcher(source, heard.append, Limits())
+
+    async def main() -> None:
+        pulls = (Pull(HONEST, NAME, len(DATA)), Pull(BROKEN, NAME, len(DATA)))
+        await asyncio.gather(*(fetcher.fetch(p) for p in (*pulls, pulls[0])))
+
+    asyncio.run(main())
+    assert not any(isinstance(event, Misbehaved) for event in heard)
+    assert fetcher.take(NAME) == DATA
+
+
+def test_a_large_payload_is_verified_too() -> None:
+    large = DATA * 500
+    heard: list[object] = []
+
+    async def pull(peer: PeerId, payload: Hash, size: int, offset: int) -> AsyncIterator[bytes]:
+        await asyncio.sleep(0)
+        yield large[:-1] + (b"?" if peer == LIAR else large[-1:])
+
+    fetcher = Fetcher(pull, heard.append, Limits())
+
+    async def main() -> None:
+        await fetcher.fetch(Pull(LIAR, digest(large), len(large)))
+        await fetcher.fetch(Pull(HONEST, digest(large), len(large)))
+
+    asyncio.run(main())
+    assert [type(event) for event in heard] == [Misbehaved, PullFailed, Pulled]
