@@ -23,8 +23,8 @@ NEWS_WEIGHT = 2
 """Duplicates that one new record excuses."""
 PRUNE_INTERVAL = 0.05
 """Seconds between two prunes of ours."""
-RECENT_BYTES = 8 << 20
-"""Of records remembered to answer grafts."""
+RECENT_BYTES = 2 << 20
+"""Of records remembered to answer grafts; parsed they weigh up to six times as much."""
 MOST_SOURCES = 4
 """Announcers remembered for one missing record."""
 

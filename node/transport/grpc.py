@@ -483,7 +483,9 @@ class Transport:
             self._blame(peer, error.reason)
             return
         # Whoever sends too much is read more slowly: TCP passes that on.
-        await asyncio.sleep(self._toll(peer, frame, len(data)))
+        if (toll := self._toll(peer, frame, len(data))) > 0:
+            self.dropped["slowed"] += 1
+            await asyncio.sleep(toll)
         self._dispatch(peer, frame, answer)
 
     def _dispatch(self, peer: PeerId, frame: wire.Frame, answer: Callable[[Message], None]) -> None:
