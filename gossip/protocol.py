@@ -785,9 +785,13 @@ class Protocol:
             self.run.observe
             or self.membership.leaving
             or self.membership.twin == "later"
-            or self.turns.author in self.view.proofs
+            or self._exposed()
             or self.arrivals.full
         )
+
+    def _exposed(self) -> bool:
+        """Say whether our key is known to have equivocated: nobody takes from it, in any log."""
+        return any(author.peer == self.me for author in self.view.proofs)
 
     def _may_train(self) -> bool:
         unwritable = self.turns.unwritable == "log full"
@@ -837,7 +841,7 @@ class Protocol:
     def _degraded(self) -> str:
         if self.membership.twin == "later":
             return "another process runs under this key"
-        if self.turns.author in self.view.proofs:
+        if self._exposed():
             return "two updates under one number: this key is in use elsewhere"
         if self.arrivals.full or self.turns.unwritable == "log full":
             return "log full"

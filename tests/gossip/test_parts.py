@@ -273,3 +273,17 @@ def test_subtracting_a_closed_log_keeps_the_sums() -> None:
     assert agreement.step(Applied(tuple(sorted(left.items())), total(left), ()))
     assert agreement.clean()
     assert agreement.at({ONE: 1, TWO: 1}) == total({ONE: 1, TWO: 1})
+
+
+def test_a_cut_into_what_the_worker_started_with_is_no_drift() -> None:
+    """A checkpoint holds sums only; a proof may reach below it."""
+    frontier = ledger({ONE: 4, TWO: 2})
+    agreement = Agreement(frontier)
+    agreement.start(((ONE, 4), (TWO, 1)), total({ONE: 4, TWO: 1}))
+    frontier.close(ONE, 2)
+    left = {ONE: 1, TWO: 1}
+    assert agreement.step(Applied(tuple(sorted(left.items())), total(left), ()))
+    assert agreement.step(applied(left, {ONE: 1, TWO: 2}))
+    assert agreement.at({ONE: 1, TWO: 1}) == total(left)
+    wrong = Applied(((ONE, 1), (TWO, 2)), (7, 7), ())
+    assert not agreement.step(wrong), "later drifts show again"

@@ -95,6 +95,26 @@ def test_equivocation_is_proved_and_subtracted_everywhere() -> None:
     assert cheat.core.state.startswith("degraded: two updates under one number")
 
 
+def test_an_accused_key_with_a_fresh_log_knows_that_nobody_hears_it() -> None:
+    simulator = Simulator(
+        4,
+        fake_run(turns=0),
+        seed=4,
+        faults=[
+            Fault.equivocate(peer=3, at=5.3),
+            Fault.crash(peer=3, at=12),
+            Fault.restart(peer=3, at=13, keep=0),
+        ],
+    )
+    simulator.run(12)
+    first = simulator.peers[3].log
+    simulator.peers[3].proofs.clear()
+    simulator.run(40)
+    again = simulator.peers[3]
+    assert again.core.log != first
+    assert again.core.state.startswith("degraded: two updates under one number")
+
+
 def test_forks_below_are_found_by_bisection() -> None:
     """Two peers hold different branches from number 3 on; nobody ever pushed both."""
     simulator = Simulator(4, fake_run(turns=1), seed=5, observers=range(4))
