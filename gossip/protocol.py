@@ -643,6 +643,8 @@ class Protocol:
             record = self._held.recall(Key(author, later))
             if record is not None and isinstance(update := record.statement, Update):
                 self.frontier.add(update, record.id)
+        # An author that equivocates may bring another record: then the model must hold that one.
+        self.turns.rebuild |= self.agreement.applied.get(author, 0) >= number
         self.out.happened("update-lost", author.peer, number=number)
         if author == self.turns.author:
             self.turns.renew_log("a damaged update of our own")

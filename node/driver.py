@@ -94,6 +94,7 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._dialling: dict[PeerId, asyncio.Future[Outcome]] = {}
         self._known: dict[PeerId, tuple[str, ...]] = {}
+        self._most_known = limits.members
         self._own: tuple[Hash, bytes] | None = None
         """The payload of our own update until it is stored or given up."""
         self._closed = False
@@ -216,6 +217,8 @@ class Driver:
             return
         addresses = contact.statement.addresses
         if addresses and self._known.get(peer) != addresses:
+            if len(self._known) >= self._most_known:
+                self._known.clear()  # members come and go; saying it again is harmless
             self._known[peer] = addresses
             self.links.know(peer, addresses)
 

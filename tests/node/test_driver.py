@@ -329,3 +329,21 @@ def test_a_damaged_payload_is_not_served_but_fetched_anew(tmp_path: Path) -> Non
         assert scene.driver.payload(name) == LARGE + bytes([1])
 
     play(tmp_path, scenario)
+
+
+def test_a_model_that_holds_a_lost_update_is_built_anew(tmp_path: Path) -> None:
+    """What is fetched in its place may be another record, if its author equivocates."""
+
+    async def scenario(scene: Scene) -> None:
+        bobs = Author(BOB, 7)
+        await three_of_bob(scene)
+        scene.driver.feed(ev.Applied(((bobs, 2),), (0, 0), ()))
+        scene.driver.feed(ev.Lost(Key(bobs, 3)))
+        scene.train(b"a turn" * 9)
+        assert ev.Rebuild() not in scene.hands.told, "the third was not in the model"
+        scene.driver.feed(ev.Applied(((bobs, 2),), (0, 0), ()))
+        scene.driver.feed(ev.Lost(Key(bobs, 1)))
+        scene.train(b"another turn" * 9)
+        assert scene.hands.told[-1] == ev.Rebuild()
+
+    play(tmp_path, scenario)
