@@ -597,8 +597,10 @@ class Protocol:
 
     def _one_more_log(self, author: Author) -> bool:
         """Say whether `author` would be a further log of a peer that has one."""
-        logs = self.frontier.logs
-        return author not in logs and any(a.peer == author.peer for a in logs)
+        logs, waiting = self.frontier.logs, self.arrivals.waiting
+        if author in logs or author in waiting:
+            return False
+        return any(a.peer == author.peer for known in (logs, waiting) for a in known)
 
     def _on_stored(self, record: Record) -> None:
         update = record.statement

@@ -352,3 +352,12 @@ def test_questions_cost_what_their_answers_do() -> None:
     before = victim.core.counters["question-delayed"]
     victim.hear(liar, m.ViewIds((), ()))
     assert victim.core.counters["question-delayed"] == before, "later it may ask again"
+
+
+def test_many_logs_of_one_author_are_delayed_even_in_one_message() -> None:
+    victim, liar = Victim(), Member()
+    victim.meet(liar)
+    victim.push(liar, *(liar.update(1, log=log) for log in range(50)))
+    logs = [author for author in victim.core.frontier.logs if author.peer == liar.peer]
+    assert len(logs) == 2, "its own, and one more in an hour"
+    assert victim.core.counters["log-delayed"] == 48
