@@ -414,6 +414,7 @@ def test_what_can_be_made_anew_is(tmp_path: Path, founder: Daemon, damage: str) 
     daemon = Daemon(tmp_path / "copy")
     shutil.copytree(founder.directory, daemon.directory)
     (daemon.directory / "status.json").unlink()  # it is the founder's
+    (daemon.directory / damage).parent.mkdir(exist_ok=True)
     (daemon.directory / damage).write_bytes(b"garbage \xff" * 99)
     before = founder.status()
     assert before is not None
