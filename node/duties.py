@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors
 import torch
 
 from shoal.node import pipe
@@ -217,8 +216,8 @@ class Duties:
         """Write the model; a disk that does not take it is the operator's affair, not ours."""
         try:
             self._ready().export(path, metadata)
-        except (OSError, safetensors.SafetensorError) as error:
-            return pipe.Ready(f"{path} can't be written: {error}")
+        except OSError as error:
+            return pipe.Ready(f"{path} can't be written: {error.strerror}")
         return pipe.Ready()
 
     # ------------------------------------------------------------------ checkpoints

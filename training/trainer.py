@@ -4,6 +4,7 @@ No clock of its own (seconds come from the `clock` it is given) and no input or 
 and files it is told to use.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -432,10 +433,13 @@ def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file that is whole or not there."""
+    """Write a file that is whole or not there; raises OSError."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     partial = path.with_name(path.name + ".partial")
-    safetensors.torch.save_file(plain, partial, metadata)
+    try:
+        safetensors.torch.save_file(plain, partial, metadata)
+    except safetensors.SafetensorError as error:  # a full disk, for one
+        raise OSError(errno.EIO, str(error)) from error
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -328,7 +328,11 @@ def test_a_disk_that_takes_no_checkpoint_stops_nothing(
     (tmp_path / "checkpoint").write_text("in the way")
     take_turn(w, 1)
     assert isinstance(ask(w, pipe.Save()), pipe.Ready)
+    (tmp_path / "checkpoint").unlink()
+    (tmp_path / "checkpoint" / "state.partial" / "in the way").mkdir(parents=True)
     take_turn(w, 2)
+    assert isinstance(ask(w, pipe.Save()), pipe.Ready)
+    take_turn(w, 3)
 
 
 def test_the_export_is_the_model_with_the_metadata_given(
