@@ -25,6 +25,7 @@ PROOF = ADMISSION.prove(ME.peer)
 SEALER = Sealer(ME, RUN)
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+stamps = st.integers(0, r.HIGHEST)
 hashes = st.binary(min_size=32, max_size=32).map(Hash)
 peers = st.binary(min_size=32, max_size=32).map(PeerId)
 authors = st.builds(Author, peers, u64)
@@ -52,7 +53,7 @@ reports = st.builds(r.Report, u64, u64, floats, floats, u64, u64)
 progress = st.builds(
     r.Progress,
     st.just(ME.peer),
-    u64,
+    stamps,
     st.dictionaries(authors, u32, max_size=5).map(lambda d: tuple(sorted(d.items()))),
     hashes,
     st.tuples(u64, u64),
@@ -60,13 +61,13 @@ progress = st.builds(
 )
 statements: st.SearchStrategy[r.Statement] = st.one_of(
     updates,
-    st.builds(r.Alive, st.just(ME.peer), u64, u64, st.sampled_from(r.Standing), u64),
-    st.builds(r.Suspect, st.just(ME.peer), peers, u64),
-    st.builds(r.Leave, st.just(ME.peer), u64),
+    st.builds(r.Alive, st.just(ME.peer), stamps, u64, st.sampled_from(r.Standing), u64),
+    st.builds(r.Suspect, st.just(ME.peer), peers, stamps),
+    st.builds(r.Leave, st.just(ME.peer), stamps),
     st.builds(
         r.Contact,
         st.just(ME.peer),
-        u64,
+        stamps,
         st.lists(
             st.sampled_from(["/ip4/10.0.0.1/tcp/7464", "/ip6/2001:db8::1/tcp/1", "/dns/a.b/tcp/9"]),
             max_size=16,
@@ -475,3 +476,18 @@ def test_the_signed_bytes_are_those_of_the_design() -> None:
     body = b"\x0a\x20" + fixed.peer + b"\x2a\x02\x08\x05"
     assert record.raw[64:] == body
     assert record.id == digest(b"shoal-record-1" + RUN + body)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        r.Alive(ME.peer, r.HIGHEST + 1, 1, r.Standing.TRAINING),
+        r.Suspect(ME.peer, PeerId(bytes(32)), r.HIGHEST + 1),
+        r.Leave(ME.peer, r.HIGHEST + 1),
+        r.Contact(ME.peer, r.HIGHEST + 1, (), PROOF),
+        r.Progress(ME.peer, r.HIGHEST + 1, (), NO_HASH, (0, 0), r.Report()),
+    ],
+)
+def test_a_number_that_nobody_can_outbid_is_refused(statement: r.Statement) -> None:
+    with pytest.raises(WireError, match="nobody can outbid"):
+        fresh().record(SEALER.seal(statement).raw)
