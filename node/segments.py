@@ -471,7 +471,7 @@ class Segments:
             if fd is None:
                 if len(self._readers) >= _READERS:
                     os.close(self._readers.pop(next(iter(self._readers))))
-                fd = os.open(self.path(segment), os.O_RDONLY | os.O_CLOEXEC)
+                fd = self._open(segment)
                 self._readers[segment] = fd
             data = os.pread(fd, size, offset)
             while len(data) < size:  # one call returns at most 2 GiB, or less after a signal
@@ -480,3 +480,14 @@ class Segments:
                     raise DamageError("a frame is cut off")
                 data += more
         return data
+
+    def _open(self, segment: int) -> int:
+        path, flags = self.path(segment), os.O_RDONLY | os.O_CLOEXEC
+        try:
+            return os.open(path, flags)
+        except OSError as error:
+            # A process short of descriptors has lost no update.
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._readers:
+                raise
+            os.close(self._readers.pop(next(iter(self._readers))))
+            return os.open(path, flags)

@@ -2,8 +2,11 @@
 
 import os
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from shoal.gossip import events as ev
 from shoal.gossip.limits import Limits
@@ -50,6 +53,25 @@ def test_a_sealed_segment_that_lost_its_end_means_a_fresh_log_id(tmp_path: Path)
     store = opened()
     assert store.counts()[mine] < 8, "numbers that others have are lost here"
     assert store.log != log
+
+
+def test_a_process_short_of_descriptors_forgets_no_update(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, Limits(), run=RUN, segment_bytes=2000)
+    for number in range(1, 40):
+        store.append(update(BOBS, number))
+    assert len(list(tmp_path.glob("*.seg"))) > 4
+    assert store.record(BOBS, 39) is not None  # one segment is open for reading
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)  # the lowest number that is free
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.open(tmp_path, os.O_RDONLY)
+        found = [store.record(BOBS, number) for number in range(1, 40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == [update(BOBS, number).raw for number in range(1, 40)]
 
 
 # ---------------------------------------------------------------- the core and its worker
