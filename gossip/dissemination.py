@@ -17,6 +17,8 @@ from shoal.gossip.timers import Timers
 
 PUSH_INTERVAL = 0.05
 """Seconds between two pushes on a link when records come fast: they travel together."""
+FIRST_EAGER = 3
+"""New links start eager while there are fewer eager ones."""
 DUPLICATES = 6
 """Surplus of duplicates at which a link is pruned."""
 NEWS_WEIGHT = 2
@@ -77,8 +79,8 @@ class Dissemination:
         self._seen, self._seen_before = set(), set()
 
     def link_up(self, peer: PeerId) -> None:
-        """A link is open; it starts eager."""
-        self.links[peer] = True
+        """A link is open; the first few start eager, more would only make cycles."""
+        self.links[peer] = sum(self.links.values()) < FIRST_EAGER
 
     def link_down(self, peer: PeerId) -> None:
         """A link is gone."""
