@@ -6,6 +6,7 @@ standard library at its top and the rest where it is used, so that `shoal --help
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import pkgutil
@@ -18,6 +19,14 @@ from shoal.node.errors import ConfigError
 
 OPERATOR = 2
 """Exit code for what the operator can mend."""
+DISK = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there",
+    errno.EROFS: "it can't be written; choose another place with --dir",
+    errno.EACCES: "make it readable and writable by this user",
+    errno.EPERM: "make it readable and writable by this user",
+}
+"""What the operator can mend about a disk, where nobody nearer to the cause knew better."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
@@ -90,6 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`head`, `less`) has seen enough. Python would complain while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = error.filename or "the disk"
+        print(f"shoal: {where}: {error.strerror}: {DISK[error.errno]}", file=sys.stderr)
+        return OPERATOR
     return code
 
 

@@ -62,6 +62,7 @@ class Home:
                 f"{path} can't be used ({error.strerror}): choose another directory with --dir"
             ) from None
         self._metrics: TextIO | None = None
+        self._sick = False
 
     # ------------------------------------------------------------------ paths
 
@@ -180,7 +181,11 @@ class Home:
                 path.replace(path.with_suffix(".jsonl.1"))
         except OSError as error:
             self._metrics = None
-            log.warning("metrics.jsonl not written", extra={"error": error.strerror})
+            if not self._sick:  # once, not every turn
+                log.warning("metrics.jsonl not written", extra={"error": error.strerror})
+            self._sick = True
+        else:
+            self._sick = False
 
     def last_turn(self) -> dict[str, object]:
         """Return the last line of metrics.jsonl, so that totals go on; empty when there is none."""

@@ -1,6 +1,7 @@
 """What an operator may get wrong, typed as a stranger would: one line, the remedy, exit code 2."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -443,5 +444,31 @@ def test_a_full_disk(tmp_path: Path) -> None:
         (disk / "filler").write_bytes(bytes(4096))
         said = refused(tmp_path, "start", run_toml(tmp_path), "--dir", disk / "d", *LOCAL)
         assert "No space left" in said.line
+        assert not (disk / "d" / "genesis").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_has_filled_up_since(tmp_path: Path, founder: Daemon) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        shutil.copytree(founder.directory, disk / "d")
+        genesis = (disk / "d" / "genesis").read_bytes()
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        said = refused(tmp_path, "start", disk / "d", *LOCAL)
+        assert "No space left" in said.line
+        assert str(disk) in said.line
+        assert "free some space" in said.line
+        assert (disk / "d" / "genesis").read_bytes() == genesis
     finally:
         subprocess.run(["umount", str(disk)], check=True)
