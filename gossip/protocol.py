@@ -318,13 +318,16 @@ class Protocol:
         self.timers.cancel("patience")
         latest = pacing.latest_turns(self.frontier)
         own = latest.pop(self.me, 0)
-        stated = []
+        stated, newcomers = [], 0
         for peer in self.membership.others():
-            standing = self.membership.standing_of(peer)
             said = self.agreement.statements.get(peer)
-            turn = max(latest.get(peer, 0), said.report.turn if said else 0)
-            if turn or standing in (Standing.JOINING, Standing.TRAINING):
+            if turn := max(latest.get(peer, 0), said.report.turn if said else 0):
                 stated.append(min(turn, self.run.turns or MOST_TURN))
+            elif self.membership.standing_of(peer) in (Standing.JOINING, Standing.TRAINING):
+                newcomers += 1
+        # All who found a run begin together; later on newcomers say nothing about its turn.
+        if max(stated, default=0) <= self.limits.weight_turns:
+            stated += [0] * newcomers
         self.turns.next = max(own + 1, pacing.first_turn(self.run.pace, stated), self.turns.next)
         self.membership.stand(self._standing())
 

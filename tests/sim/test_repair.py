@@ -142,3 +142,50 @@ def test_halves_that_forgot_each_other_unite() -> None:
     for peer in simulator.peers:
         assert len(peer.core.view.ring) == 6
         assert len(peer.core.view.contacts) == 6
+
+
+def test_two_newcomers_that_meet_first_wait_for_somebody_who_has_begun() -> None:
+    """Both hold nothing, which is no reason to train from the start of a run that is under way."""
+    newcomers = (1, 2)
+    simulator = Simulator(
+        3,
+        fake_run(turns=0),
+        seed=6,
+        absent=newcomers,
+        faults=[
+            *(Fault.start(peer=i, at=20) for i in newcomers),
+            Fault.partition(newcomers, at=10, to=27),
+        ],
+    )
+    simulator.run(26)
+    assert simulator.peers[1].core.linked() == [simulator.peers[2].id]
+    simulator.run(27.5)
+    simulator._connect(simulator.peers[1], ev.Connect(simulator.peers[0].id, ()))
+    simulator.run(50)
+    for index in newcomers:
+        peer = simulator.peers[index]
+        own = [r.statement for k, r in peer.records.items() if k.author.peer == peer.id]
+        assert own
+        assert min(u.turn for u in own if isinstance(u, Update)) > 10
+
+
+def test_who_left_may_come_back_at_once_and_after_long() -> None:
+    for pause in (4.0, 120.0):
+        simulator = Simulator(
+            4,
+            fake_run(),
+            seed=7,
+            limits=SHORT,
+            observers=range(4),
+            faults=[
+                Fault.depart(peer=2, at=5),
+                Fault.crash(peer=2, at=5.5),
+                Fault.restart(peer=2, at=5.5 + pause),
+            ],
+        )
+        simulator.run(5 + pause)
+        assert all(not p.core.view.lives(simulator.peers[2].id) for p in simulator.living())
+        simulator.run(25 + pause)
+        for peer in simulator.peers:
+            assert len(peer.core.view.ring) == 4
+            assert len(peer.core.view.contacts) == 4
