@@ -8,6 +8,7 @@ moment (design 3.4).
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from shoal.gossip.events import Applied
 from shoal.gossip.frontier import Counts, Frontier, Rows
@@ -38,7 +39,8 @@ class Agreement:
     strikes: dict[PeerId, int] = field(default_factory=dict)
     _base: dict[Author, int] = field(default_factory=dict)
     _deltas: dict[Author, "array[int]"] = field(default_factory=dict)
-    _unchecked: dict[PeerId, None] = field(default_factory=dict)
+    _unchecked: dict[PeerId, int] = field(default_factory=dict)
+    """Whose statement is still to be compared, and how many updates it counts."""
 
     # ------------------------------------------------------------ our model
 
@@ -126,7 +128,7 @@ class Agreement:
             return False
         self.statements[progress.peer] = progress
         if compare:
-            self._unchecked[progress.peer] = None
+            self._unchecked[progress.peer] = sum(count for _, count in progress.frontier)
         return True
 
     def check(self, rows: Rows) -> list[PeerId]:
@@ -134,15 +136,17 @@ class Agreement:
         if self.fingerprint is None or not self.clean():
             return []
         wrong = []
-        for peer in list(self._unchecked)[:MOST_CHECKS]:
-            del self._unchecked[peer]
+        # Who states more than we have applied is certainly ahead of us: not worth a comparison.
+        passed = sum(self.applied.values())
+        ready = (p for p, total in self._unchecked.items() if total <= passed)
+        for peer in list(islice(ready, MOST_CHECKS)):
+            total = self._unchecked.pop(peer)
             agrees = self._compare(self.statements[peer])
             if agrees is None:
-                self._unchecked[peer] = None  # to the end of the queue
+                self._unchecked[peer] = total  # to the end of the queue
                 continue
             self.verdicts[peer] = agrees
-            for author, count in self.statements[peer].frontier:
-                rows.state(peer, author, count)
+            rows.state_all(peer, self.statements[peer].frontier)
             if agrees:
                 self.strikes.pop(peer, None)
             else:

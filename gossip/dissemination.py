@@ -91,6 +91,7 @@ class Dissemination:
     def forward(self, record: Record, source: PeerId | None, holders: set[PeerId]) -> None:
         """Pass a new record on to every link but its source and those known to hold it."""
         self.remember(record)
+        queued = False
         for peer, eager in self.links.items():
             if peer == source or peer in holders:
                 continue
@@ -103,8 +104,9 @@ class Dissemination:
                 queue = self._queued.setdefault(peer, [])
                 if len(queue) < self.limits.recent:
                     queue.append(record.id)
-                    self._wake_announcer()
-
+                    queued = True
+        if queued:
+            self._wake_announcer()
         if self._batches:
             self.timers.hurry("push", self._push_after)
         elif self.now >= self._push_after:

@@ -281,6 +281,18 @@ class Rows:
             row.extend([0] * (len(self._column) - len(row)))
         row[column] = max(row[column], count)
 
+    def state_all(self, member: PeerId, counts: Counts) -> None:
+        """`member` holds so much of each author, as we do."""
+        columns = self._column
+        for author, _ in counts:
+            columns.setdefault(author, len(columns))
+        row = self._rows.setdefault(member, array("I"))
+        row.extend([0] * (len(columns) - len(row)))
+        for author, count in counts:
+            column = columns[author]
+            if row[column] < count:
+                row[column] = count
+
     def holds(self, member: PeerId, author: Author) -> int:
         """Return how many updates of `author` this member has stated to hold."""
         column, row = self._column.get(author), self._rows.get(member)
