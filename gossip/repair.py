@@ -32,7 +32,7 @@ from shoal.gossip.messages import (
 )
 from shoal.gossip.names import Author, Hash, Key, PeerId
 from shoal.gossip.outbox import Outbox
-from shoal.gossip.records import Alive, Record, Standing, Update
+from shoal.gossip.records import Alive, Record, Update
 from shoal.gossip.timers import Timers
 from shoal.gossip.view import BUCKETS, View
 
@@ -76,8 +76,6 @@ class Repair:
     """Statements of others taken in whole: 0 means that we know nothing yet."""
     targets: dict[Author, int] = field(default_factory=dict)
     """What the first of them held: a joiner trains when it holds as much."""
-    _blank: set[PeerId] = field(default_factory=set)
-    """Who holds nothing, as we do: this tells something only if it is no newcomer itself."""
     _asked: dict[Author, tuple[int, float]] = field(default_factory=dict)
     _answers: dict[PeerId, float] = field(default_factory=dict)
     """Until when pushes of a peer are answers to us, not gossip."""
@@ -169,7 +167,7 @@ class Repair:
             entries = link.heard.values()
         self._learn(peer, entries, now)
         if same:
-            self._same(peer, now)
+            self._same(peer)
         else:
             self._differ(peer, digest, entries, follows=follows)
         if digest.view_hash != self.view.hash and digest.reply:
@@ -190,14 +188,11 @@ class Repair:
             link.heard = {}
         return entries_hash(link.heard[a] for a in sorted(link.heard)) == digest.frontier_hash
 
-    def _same(self, peer: PeerId, now: float) -> None:
+    def _same(self, peer: PeerId) -> None:
         """`peer` holds exactly what we hold."""
         for author, count in self.frontier.counts():
             self.rows.state(peer, author, count)
-        if self.frontier.version:
-            self._first_round({})
-        elif not self.rounds and len(self._blank) < self.limits.members:
-            self._blank.add(peer)
+        self._first_round({})
 
     def _differ(
         self, peer: PeerId, digest: Digest, entries: Iterable[Entry], *, follows: bool
@@ -225,17 +220,12 @@ class Repair:
     def caught_up(self) -> bool:
         """Say whether we hold what the first peer that told us held."""
         frontier = self.frontier
-        if not self.rounds and any(map(self._has_begun, self._blank)):
-            self._first_round({})
         self.targets = {
             a: n
             for a, n in self.targets.items()
             if frontier.count(a) < n and not (0 < frontier.closed(a) <= frontier.count(a) + 1)
         }
         return self.rounds > 0 and not self.targets
-
-    def _has_begun(self, peer: PeerId) -> bool:
-        return self.membership.standing_of(peer) not in (None, Standing.JOINING)
 
     def _learn(self, peer: PeerId, entries: Iterable[Entry], now: float) -> None:
         """Ask for what `peer` has and we lack; find forks."""

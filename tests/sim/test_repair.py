@@ -144,29 +144,29 @@ def test_halves_that_forgot_each_other_unite() -> None:
         assert len(peer.core.view.contacts) == 6
 
 
-def test_two_newcomers_that_meet_first_wait_for_somebody_who_has_begun() -> None:
-    """Both hold nothing, which is no reason to train from the start of a run that is under way."""
-    newcomers = (1, 2)
-    simulator = Simulator(
-        3,
+def test_many_newcomers_at_once_do_not_begin_a_run_anew() -> None:
+    """They are more than the members, and none of them has a turn to state."""
+
+    class OneDoor(Simulator):
+        """All join by the founder's address."""
+
+        def _bootstrap(self, peer: SimPeer) -> None:
+            if peer.index:
+                self._connect(peer, ev.Connect(self.peers[0].id, ()))
+
+    late = range(4, 10)
+    simulator = OneDoor(
+        10,
         fake_run(turns=0),
         seed=6,
-        absent=newcomers,
-        faults=[
-            *(Fault.start(peer=i, at=20) for i in newcomers),
-            Fault.partition(newcomers, at=10, to=27),
-        ],
+        absent=late,
+        faults=[Fault.start(peer=i, at=25) for i in late],
     )
-    simulator.run(26)
-    assert simulator.peers[1].core.linked() == [simulator.peers[2].id]
-    simulator.run(27.5)
-    simulator._connect(simulator.peers[1], ev.Connect(simulator.peers[0].id, ()))
-    simulator.run(50)
-    for index in newcomers:
+    simulator.run(35)
+    for index in late:
         peer = simulator.peers[index]
         own = [r.statement for k, r in peer.records.items() if k.author.peer == peer.id]
-        assert own
-        assert min(u.turn for u in own if isinstance(u, Update)) > 10
+        assert min(u.turn for u in own if isinstance(u, Update)) > 15
 
 
 def test_who_left_may_come_back_at_once_and_after_long() -> None:

@@ -76,8 +76,7 @@ def test_loss_duplicates_reordering_and_a_partition_change_nothing() -> None:
     )
     assert simulator.run(120, done)
     check_equal(simulator)
-    # Whom the loss kept from joining in time starts at the second turn.
-    assert 316 <= simulator.peers[0].core.frontier.total() <= 320
+    assert simulator.peers[0].core.frontier.total() == 320
 
 
 def test_the_same_seed_gives_the_same_trace_and_another_seed_another() -> None:
