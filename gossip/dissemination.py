@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 
 from shoal.gossip.limits import Limits
-from shoal.gossip.messages import Announce, Graft, Prune
+from shoal.gossip.messages import Announce, Graft, Prune, Push
 from shoal.gossip.names import Hash, PeerId
 from shoal.gossip.outbox import Outbox
 from shoal.gossip.records import Record
@@ -117,8 +117,9 @@ class Dissemination:
         batches, self._batches = self._batches, {}
         for peer, records in batches.items():
             if peer in self.links:
-                for record in records:
-                    self.out.push(peer, record)
+                most = self.limits.push_records
+                for i in range(0, len(records), most):
+                    self.out.send(peer, Push(tuple(records[i : i + most])))
 
     def remember(self, record: Record) -> None:
         """Keep a record to answer grafts."""

@@ -262,6 +262,29 @@ def test_a_model_that_did_not_move_by_what_was_added_shows() -> None:
     assert not agreement.step(flipped)
 
 
+def test_a_statement_about_other_updates_is_not_compared() -> None:
+    agreement = Agreement(ledger({ONE: 2}))
+    agreement.start((), (0, 0))
+    agreement.step(applied({}, {ONE: 2}))
+    other = Progress(peer(9), 1, ((ONE, 2),), digest(b"another fork"), (1, 2), Report())
+    agreement.heard(other, compare=True)
+    assert agreement.check(Rows()) == []
+    assert agreement.agrees() is None
+
+
+def test_subtracting_what_was_summed_before_the_start_is_no_drift() -> None:
+    frontier = ledger({ONE: 4, TWO: 2})
+    agreement = Agreement(frontier)
+    held = {ONE: 3, TWO: 2}
+    agreement.start(tuple(sorted(held.items())), total(held))
+    assert agreement.step(applied(held, {ONE: 4, TWO: 2}))
+    frontier.close(ONE, 2)
+    left = {ONE: 1, TWO: 2}
+    assert agreement.step(Applied(tuple(sorted(left.items())), total(left), ()))
+    assert agreement.at(left) == total(left)
+    assert agreement.at({TWO: 2}) is None, "what the first update added was never told"
+
+
 def test_subtracting_a_closed_log_keeps_the_sums() -> None:
     frontier = ledger({ONE: 4, TWO: 2})
     agreement = Agreement(frontier)

@@ -175,6 +175,59 @@ def test_a_full_log_discards_the_turn() -> None:
     assert one.state == "degraded: log full"
 
 
+def test_a_log_full_of_others_updates_stops_publishing_too() -> None:
+    one = started()
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.0)
+    one.handle(NO_MODEL, 0.1)
+    one.handle(ev.Applied((), (0, 0), ()), 0.2)
+    (store,) = of(ev.Store, one.handle(ev.Received(TWO, Push((update(Author(TWO, 3), 1),))), 0.5))
+    assert isinstance(store, ev.Store)
+    one.handle(ev.StoreFailed(store.record, "log full"), 0.6)
+    effects = one.handle(turn_done(1), 1.0)
+    assert of(ev.Store, effects) == []
+    assert of(ev.Discard, effects) == [ev.Discard()]
+    assert one.state == "degraded: log full"
+
+
+def test_after_a_disk_error_the_update_is_numbered_in_a_fresh_log() -> None:
+    one = started()
+    one.handle(NO_MODEL, 0.1)
+    one.handle(ev.Applied((), (0, 0), ()), 0.2)
+    (store,) = of(ev.Store, one.handle(turn_done(1), 1.0))
+    assert isinstance(store, ev.Store)
+    (again,) = of(ev.Store, one.handle(ev.StoreFailed(store.record, "disk: EIO"), 1.1))
+    assert isinstance(again, ev.Store)
+    first, second = store.record.statement, again.record.statement
+    assert isinstance(first, Update)
+    assert isinstance(second, Update)
+    assert second.author == Author(ONE, one.log)
+    assert (second.author.log != first.author.log, second.number) == (True, 1)
+    assert second.payload == first.payload
+    one.handle(ev.Stored(again.record), 1.2)
+    assert one.state == "degraded: disk"
+    assert one.frontier.counts() == ((second.author, 1),)
+
+
+def test_a_failed_pull_goes_to_another_source_and_later_to_whoever_holds_it() -> None:
+    one, three, author = started(), PeerId(digest(b"three")), Author(TWO, 3)
+    body = Update(author, 1, 1, "fake", digest(b"large"), 900)
+    for peer in (TWO, three):
+        one.handle(ev.LinkUp(peer, b"admitted"), 0.1)
+    record = seal(body)
+    effects = one.handle(ev.Received(TWO, Push((record,))), 1.0)
+    assert of(ev.Pull, effects) == [ev.Pull(TWO, body.payload, 900)]
+    assert of(ev.Pull, one.handle(ev.Received(three, Push((record,))), 1.1)) == []
+    effects = one.handle(ev.PullFailed(TWO, body.payload, "gone"), 1.2)
+    assert of(ev.Pull, effects) == [ev.Pull(three, body.payload, 900)]
+    assert of(ev.Pull, one.handle(ev.PullFailed(three, body.payload, "gone"), 1.3)) == []
+    holder = core(TWO, [record])
+    digest_of = Digest(holder.frontier.entries(), True, holder.frontier.hash, 0, False)
+    asked = of(ev.Pull, one.handle(ev.Received(TWO, digest_of), 1.4))
+    one.handle(ev.PullFailed(TWO, body.payload, "gone"), 1.5)
+    asked += of(ev.Pull, one.handle(ev.Tick(), 9.0))
+    assert asked == [ev.Pull(TWO, body.payload, 900)] * 2
+
+
 def test_a_suspicion_is_outbid_at_whatever_incarnation() -> None:
     one = started()
     one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)

@@ -103,6 +103,20 @@ def test_no_payload_travels_twice_to_one_peer() -> None:
     assert set(pulls) == {1}
 
 
+def test_links_settle_into_a_tree() -> None:
+    """Without loss hardly a record reaches anybody twice."""
+    simulator = Simulator(16, fake_run(turns=0), seed=3, workers=small)
+    simulator.run(30)
+
+    def duplicates() -> int:
+        return sum(p.core.counters.get("duplicate", 0) for p in simulator.peers)
+
+    before, held = duplicates(), simulator.peers[0].core.frontier.total()
+    simulator.run(45)
+    news = 15 * (simulator.peers[0].core.frontier.total() - held)
+    assert duplicates() - before < 0.25 * news
+
+
 def test_four_idle_peers_say_little() -> None:
     """Per peer and second, all but payloads: the budget of the built-in run is 4 kB."""
     simulator = Simulator(4, fake_run(turns=10, min_peers=4), seed=1, workers=small)
