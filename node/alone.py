@@ -15,10 +15,17 @@ from shoal.node.errors import ConfigError
 
 
 def compare(
-    run_file: Path, *, peers: int, steps: int, extra: tuple[str, ...], model: Path | None
+    run_file: Path,
+    *,
+    peers: int,
+    steps: int,
+    threads: int,
+    extra: tuple[str, ...],
+    model: Path | None,
 ) -> tuple[float, float | None]:
     """Return the held-out measures of one peer alone and of the exported model."""
     argv = [sys.executable, "-m", "shoal.node.alone", str(run_file), f"0/{peers}", str(steps)]
+    argv += ["--threads", str(threads)]
     argv += ["--model", str(model)] if model else []
     done = subprocess.run([*argv, *extra], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -44,6 +51,7 @@ def _main() -> None:
     parser.add_argument("shard", type=parse_shard)
     parser.add_argument("steps", type=int)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--data")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--allow-task")
@@ -53,6 +61,7 @@ def _main() -> None:
         data=args.data,
         shard=args.shard,
         device=args.device,
+        threads=args.threads,
         allow_task=args.allow_task,
     )
     trainer = Trainer(setup, clock=time.monotonic)

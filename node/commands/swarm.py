@@ -327,6 +327,7 @@ def summarize(
         plan.run_file,
         peers=plan.peers,
         steps=round(summary.steps),
+        threads=plan.threads,
         extra=plan.extra,
         model=model,
     )
