@@ -1,8 +1,8 @@
 """The three kinds of error, of which two are classes (the third, our own bugs, crashes loudly).
 
-    Exception
-    ├── ConfigError   the operator's: one line with the remedy, exit code 2
-    └── PeerError     another peer's: dropped, counted by reason, its sender scored
+Exception
+├── ConfigError   the operator's: one line with the remedy, exit code 2
+└── PeerError     another peer's: dropped, counted by reason, its sender scored
 """
 
 
