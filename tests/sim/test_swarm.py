@@ -234,15 +234,18 @@ def test_equal_sets_mean_equal_fingerprints_whatever_happens(data: st.DataObject
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_256_peers_converge_through_loss_and_a_partition() -> None:
+    # All are there before the first turn, so that nobody joins at a later one: 10 updates each.
+    gathered = [Fault.pause(peer=i, at=0) for i in range(256)]
+    together = [Fault.resume(peer=i, at=8) for i in range(256)]
     simulator = Simulator(
         256,
         fake_run(min_peers=4),
         seed=1,
         network=Network(loss=0.05, duplicate=0.02),
-        faults=[Fault.partition(range(128), at=4, to=14)],
+        faults=[*gathered, *together, *Fault.partition(range(128), at=12, to=22)],
         workers=small,
     )
-    simulator.run(15)
+    simulator.run(23)
     assert simulator.run(200, done)
     check_equal(simulator)
     assert simulator.peers[0].core.frontier.total() == 2560
