@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import os
 import stat
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -289,11 +290,15 @@ def _pem(certificate: x509.Certificate) -> bytes:
 
 
 def _load(certificate: bytes) -> x509.Certificate:
+    pem = certificate.startswith(b"-----")
+    load = x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate
     try:
-        if certificate.startswith(b"-----"):
-            return x509.load_pem_x509_certificate(certificate)
-        return x509.load_der_x509_certificate(certificate)
-    except (ValueError, x509.InvalidVersion):
+        with warnings.catch_warnings():
+            # What the library only warns of, such as a negative serial number, is not of Shoal's
+            # making; nor shall a stranger write into our log.
+            warnings.simplefilter("error")
+            return load(certificate)
+    except (ValueError, x509.InvalidVersion, Warning):
         raise PeerError("certificate", "the certificate there can't be read") from None
 
 

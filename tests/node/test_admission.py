@@ -137,6 +137,14 @@ def test_a_changed_certificate_is_refused_or_proves_the_same_peer(data: st.DataO
     assert peer_of(bytes(certificate)) == IDENTITY.peer
 
 
+def test_a_certificate_that_the_library_only_warns_of_is_refused() -> None:
+    negative_serial = bytearray(CERTIFICATE)
+    assert negative_serial[13:15] == b"\x02\x14"  # an integer of 20 bytes follows
+    negative_serial[15] ^= 0x80
+    with pytest.raises(PeerError, match="can't be read"):
+        Admission(RUN).check_server(bytes(negative_serial), IDENTITY.peer)
+
+
 @given(st.binary(max_size=200))
 def test_random_bytes_are_no_certificate(data: bytes) -> None:
     with pytest.raises(PeerError):
