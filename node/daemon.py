@@ -132,7 +132,6 @@ class Daemon:
         self.meter = SocketMeter(without=lambda: (self.http.port,))
         self.http = self._make_http()
         self._stop = asyncio.Event()
-        self._measured = b""
 
     # ---------------------------------------------------------------- parts
 
@@ -247,6 +246,7 @@ class Daemon:
                     tasks.create_task(self.foreman.run(), name="foreman"),
                     tasks.create_task(self.discovery.run(self.finder), name="discovery"),
                     tasks.create_task(self._watch(), name="watch"),
+                    tasks.create_task(self._measure(), name="measure"),
                 ]
                 self._begin()
                 await self._stop.wait()
@@ -317,16 +317,18 @@ class Daemon:
             if time.monotonic() - remembered >= REMEMBER:
                 remembered = time.monotonic()
                 self._remember()
-            await self._measure_when_idle()
 
-    async def _measure_when_idle(self) -> None:
-        """Measure the shared model thoroughly once nothing more comes."""
-        at = self.core.frontier.hash
-        if at == self._measured or not self.core.turns.idle() or self.core.lag():
-            return
-        self._measured = at
-        with contextlib.suppress(ConfigError):
-            await self.foreman.evaluate()
+    async def _measure(self) -> None:
+        """Measure the shared model thoroughly whenever the worker has nothing else to do."""
+        measured = b""
+        while True:
+            await asyncio.sleep(SAMPLE)
+            at = self.core.frontier.hash
+            if at == measured or not self.core.turns.idle() or self.core.lag():
+                continue
+            measured = at
+            with contextlib.suppress(ConfigError):
+                await self.foreman.evaluate()
 
     def _remember(self) -> None:
         """Write down who was here, for the next start."""
