@@ -81,6 +81,12 @@ def test_a_swarm_lives_through_what_happens_to_swarms(swarm: Swarm) -> None:
     for daemon in four:
         daemon.wait("training with all four", lambda s: trains(s) and s.members == 4, 90)
 
+    for daemon in four:
+        status = daemon.wait("small", lambda s: s.memory, 10)
+        assert status.memory < (200e6 if status.libp2p == "running" else 120e6), status.memory
+        assert daemon.process is not None
+        assert "libtorch" not in Path(f"/proc/{daemon.process.pid}/maps").read_text()
+
     # A fifth joins a swarm that has been training for a while.
     time.sleep(10)
     began = time.monotonic()
