@@ -175,3 +175,9 @@ def test_built_in_tasks_keep_the_protocol() -> None:
         assert all(torch.equal(first[k], second[k]) for k in first)
         assert any(not torch.equal(first[k], other[k]) for k in first)
         assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_digits_does_not_pretend_to_use_the_data_it_is_given() -> None:
+    digits = Digits(Place(seed=1, data="my/images"))
+    with pytest.raises(SettingError, match="leave out my/images"):
+        next(digits.batches(torch.Generator()))

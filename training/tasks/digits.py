@@ -61,6 +61,8 @@ class Digits:
 
     def _data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return own images and labels, held-out images and labels."""
+        if self._place.data is not None:
+            raise SettingError(f"task digits brings its own images: leave out {self._place.data}")
         if self._loaded is None:
             from sklearn.datasets import load_digits  # takes a second; other tasks need not wait
 
