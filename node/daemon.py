@@ -57,6 +57,13 @@ REMEMBER = 30.0
 FAREWELL = 0.5
 """Seconds for the last words to leave."""
 PORT = 7464
+MEANINGS = {
+    "joining": "joining: looking for others, and for what they hold",
+    "finished": "finished: all turns are done; goes on serving until Ctrl-C or `shoal leave`",
+    "observing": "observing: holds, verifies and serves the run; never trains",
+    "paused": "paused: serves on; `shoal resume` lets it train",
+}
+"""States that deserve a word more in the log."""
 
 
 async def serve(
@@ -310,10 +317,13 @@ class Daemon:
 
     async def _watch(self) -> None:
         """Look at what changes slowly."""
-        remembered = time.monotonic()
+        remembered, state = time.monotonic(), ""
         while True:
             await asyncio.sleep(SAMPLE)
             self.meter.sample()
+            if state != self.core.state:
+                state = self.core.state
+                log.info(MEANINGS.get(state, state))
             if time.monotonic() - remembered >= REMEMBER:
                 remembered = time.monotonic()
                 self._remember()

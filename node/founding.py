@@ -96,6 +96,7 @@ async def start(target: Path, options: Options) -> Place:
     held = place.genesis(Limits())
     if held is not None:
         place.refuse_another_file(held, run_file, target)
+        print(f"{directory} holds this run: going on (--new founds another)", file=sys.stderr)
         return resume(place, options)
     return await _found(run_file, place, options)
 
