@@ -73,6 +73,9 @@ def command() -> list[str]:
 def environment(threads: int) -> dict[str, str]:
     """Return the worker's environment: ours, with the maths libraries kept to `threads`."""
     env = dict(os.environ)
+    # Threads that spin while they wait starve whoever shares the cores. Measured, two workers of
+    # two threads on two cores: 60 s with libgomp's default, 14 s with this; alone 10.7 and 10.5 s.
+    env.setdefault("GOMP_SPINCOUNT", "3000")
     if threads:
         for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR"):
             env[f"{name}_NUM_THREADS"] = str(threads)

@@ -305,3 +305,12 @@ def test_a_command_that_can_not_run_is_an_error_at_once() -> None:
 def test_the_real_command_is_this_python() -> None:
     assert command() == [sys.executable, "-m", "shoal.node.worker"]
     assert environment(3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_workers_that_share_cores_do_not_spin_unless_the_operator_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert environment(0)["GOMP_SPINCOUNT"] == "3000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert environment(0)["GOMP_SPINCOUNT"] == "7"
