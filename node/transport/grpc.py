@@ -730,8 +730,8 @@ class Transport:
         """Let our own bugs in what serves a call out of gRPC, which would only log them."""
         try:
             yield
-        except (grpc.aio.AbortError, PeerError):
-            raise
+        except (grpc.aio.BaseError, PeerError):
+            raise  # gRPC's own: aborted by us, or the caller went away while it was answered
         except Exception as error:
             _crash(error)
             raise
