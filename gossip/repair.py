@@ -44,7 +44,6 @@ PROBES = 16
 """Running hashes asked for in one step of a bisection."""
 ANSWER_BYTES = 1 << 20
 """Records sent in one answer."""
-MOST_FORKS = 64
 
 
 @dataclass(slots=True)

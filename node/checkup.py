@@ -31,7 +31,6 @@ DECODING = 0.1
 """Share of the worker's time that applying others' updates may take (design 3.3)."""
 RECORD_BYTES = 512
 """A record with its frame, TLS and TCP headers: about so much beside each payload."""
-REMEDY_OTHERS = "others can join only if it is reachable from there"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,11 @@ ledger is one; mixing will be another.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from shoal.training.fingerprint import Lanes
-
-
-class UpdateKey(NamedTuple):
-    """The name of an update: who, in which log, which number."""
-
-    peer: bytes
-    log: int
-    number: int
 
 
 @dataclass(frozen=True, slots=True)
