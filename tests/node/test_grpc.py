@@ -257,6 +257,13 @@ def both_keep_the_dial_of(smaller: Node, larger: Node) -> bool:
 
 
 @on_a_loop
+async def test_a_caller_that_goes_away_while_it_is_refused_is_no_bug_of_ours() -> None:
+    # What gRPC raises then must not reach the loop's exception handler, which ends the daemon.
+    with pytest.raises(grpc.aio.InternalError), node()._loud():
+        raise grpc.aio.InternalError("the call is gone")
+
+
+@on_a_loop
 async def test_the_losing_stream_of_two_is_closed_without_anybody_noticing() -> None:
     a, b = sorted((node(), node()), key=lambda each: each.peer)
     async with running(a, b):
