@@ -5,8 +5,8 @@ are decoded by strangers, so everything that counts is decided here, once:
 
 *receives* `encode` takes a one-dimensional float32 vector on any device: the author's residual
    times its weight, in units of q (so that rounding an element gives the integer that it would add
-   to the ledger). It may be the whole model or one contiguous fragment of it: a codec sees a
-   length, never names or shapes. Elements must be finite.
+   to the ledger). It may be the whole model or one contiguous fragment of it. Elements must be
+   finite.
 *returns* the payload and what it decodes to, so that the author need not decode its own bytes.
 *guarantees* (1) `decode(payload, size)` is exactly the `decoded` that `encode` returned, on every
    device, with any number of threads, in every version; (2) the same vector and key give the same
@@ -17,15 +17,17 @@ are decoded by strangers, so everything that counts is decided here, once:
    bytes at hand before it allocates, and takes time and memory linear in `size`.
 
 Adding a codec is adding one file to `codecs/`: a frozen dataclass whose fields are its settings,
-under `@codec("name")`. `exact = True` says that it decodes to int32 in units of q, which the ledger
-needs; others (float32 values) are for mixing only.
+under `@codec("name")`. An empty `inexact` says that it decodes to int32 in units of q from streams
+that are specified here, which the ledger needs; else it says why not, and the codec with these
+settings is for mixing only. A codec that must know which tensors the vector is made of has a method
+`shaped(shapes)` that returns the codec for them; the others see a length and nothing else.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from torch import Tensor
 from shoal.compression.settings import build, fill, unknown
 
 INT32_MAX = 2**31 - 1
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class PayloadError(ValueError):
@@ -49,6 +52,8 @@ class Decoded:
     """int32 in units of q (float32 from codecs that are not exact)."""
     indices: Tensor | None = None
     """int64, strictly increasing, one per value; None: the values are the whole vector."""
+    offset: int = 0
+    """Where in the model the vector begins, when it is a fragment; indices count from there."""
 
     def dense(self) -> Tensor:
         """Return the whole vector."""
@@ -69,8 +74,10 @@ class Encoded(NamedTuple):
 class Codec(Protocol):
     """The contract at the top of this file."""
 
-    exact: ClassVar[bool]
-    """Decodes to int32 in units of q: may be used in the ledger."""
+    @property
+    def inexact(self) -> str:
+        """Why these settings may not be used in the ledger; empty: they may."""
+        ...
 
     def encode(self, x_D: Tensor, *, key: int = 0) -> Encoded:
         """Return the payload of `x_D`; chance, where a codec uses any, comes from `key` alone."""
@@ -113,9 +120,21 @@ def filled(name: str, settings: Mapping[str, Any], *, where: str = "update") -> 
     return values
 
 
-def make(name: str, settings: Mapping[str, Any], *, where: str = "update") -> Codec:
-    """Return the codec `name` with these settings, or raise SettingError."""
-    return build(_find(name), filled(name, settings, where=where), where=where)
+def make(
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    shapes: Shapes | None = None,
+    where: str = "update",
+) -> Codec:
+    """Return the codec `name` with these settings, or raise SettingError.
+
+    `shapes` are those of the tensors that its vectors are made of, in order; without them a vector
+    counts as one tensor of one dimension.
+    """
+    made = build(_find(name), filled(name, settings, where=where), where=where)
+    shaped = getattr(made, "shaped", None)
+    return made if shaped is None or shapes is None else shaped(tuple(shapes))
 
 
 def settings_of(name: str) -> list[str]:

@@ -1,27 +1,74 @@
-"""Rice and canonical Huffman codes, specified here in integers, laid out so that both vectorise.
+"""Entropy coding: Rice codes for gaps, canonical Huffman for bytes; specified here in integers.
 
-The lengths are those of the textbook codes; only the order of the bits differs, so that no reader
-has to walk a stream bit by bit:
+*Squeezed bytes.* Codecs pack their symbols into bytes first (five trits, two nibbles, eight signs a
+byte) and then squeeze the bytes: coding several symbols at once comes nearer to their entropy than
+coding each. The stream is one byte of form and
+
+    0  the bytes as they are
+    1  canonical Huffman: the largest byte value that occurs (1 byte), code lengths of 0 … that
+       value (4 bits each), then per segment of 4096 bytes the length of its code in bytes (u16),
+       then the segments: codes one after the other, root bit first, LSB-first, padded with zeros
+    2  range code, 3  zstd: of a library (`coders.py`); never in the ledger
 
 *Rice(b)* of v: v >> b in unary, and the b low bits. All low parts come first (packed, LSB-first),
    then all unary parts as one stream: v >> b zeros and a one each. The ones are found at once.
-*Huffman*: plane k holds bit k (from the root) of the code of every symbol whose code is longer than
-   k, in the order of the symbols; each plane is padded to a byte. A reader goes down the tree for
-   all symbols together, one plane after the other, and back up to put them in order.
 """
 
 import heapq
 import math
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from shoal.compression import bits
 from shoal.compression.codec import PayloadError
 
-Symbols = NDArray[np.uint8]
+RAW, HUFFMAN = 0, 1
+SEGMENT = 4096
 LONGEST = 15
 """Longest Huffman code in bits, so that a length fits in half a byte."""
+MODES = ("auto", "none", "huffman")
+"""What a run file can ask for. `auto`: the shorter of `none` and Huffman."""
+
+
+def squeeze(data_N: Tensor, mode: str = "auto") -> Tensor:
+    """Return the stream of bytes (uint8) in the form that `mode` says."""
+    form = torch.tensor([RAW], dtype=torch.uint8, device=data_N.device)
+    raw = torch.cat((form, data_N))
+    if mode == "none":
+        return raw
+    counts = torch.bincount(data_N, minlength=256)
+    lengths = huffman_lengths(counts.tolist())
+    if mode == "auto" and _huffman_at_least(counts.tolist(), lengths) >= len(raw):
+        return raw
+    coded = _encode(data_N, lengths)
+    return raw if mode == "auto" and len(coded) >= len(raw) else coded
+
+
+def expand(reader: bits.Reader, count: int, mode: str = "auto") -> Tensor:
+    """Return the `count` bytes of the stream that comes next; inverse of `squeeze`."""
+    form = reader.number(1)
+    if form == RAW and mode in ("auto", "none"):
+        data_N = reader.take(count)
+        coded = squeeze(data_N, mode) if mode == "auto" else None
+        if coded is not None and int(coded[0]) != RAW:
+            raise PayloadError("bytes as they are, where Huffman is shorter")
+        return data_N
+    if form == HUFFMAN and mode in ("auto", "huffman"):
+        before = len(reader)
+        data_N = _decode(reader, count)
+        if mode == "auto" and before - len(reader) >= count:
+            raise PayloadError("Huffman, where the bytes as they are come as short")
+        return data_N
+    raise PayloadError(f"form {form} of squeezed bytes, where entropy = {mode!r}")
+
+
+def squeezed_bound(count: int, mode: str = "auto") -> int:
+    """Return the most bytes that `squeeze` makes of `count` bytes."""
+    if mode != "huffman":
+        return 1 + count
+    segments = -(-count // SEGMENT)
+    return 2 + 128 + 2 * segments + sum(-(-SEGMENT * LONGEST // 8) for _ in range(segments))
 
 
 def rice_parameter(density: float) -> int:
@@ -29,17 +76,20 @@ def rice_parameter(density: float) -> int:
 
     b* = max(0, 1 + ⌊log2(ln((√5-1)/2) / ln(1-p))⌋), optimal for geometric gaps.
     """
+    if density >= 1:
+        return 0
     ratio = math.log((math.sqrt(5) - 1) / 2) / math.log1p(-density)
     return max(0, 1 + math.floor(math.log2(ratio)))
 
 
-def rice_encode(values: NDArray[np.int64], b: int) -> bytes:
-    """Return the Rice code of non-negative values."""
-    low = bits.pack(values & ((1 << b) - 1), b)
-    ends = np.cumsum((values >> b) + 1) - 1
-    unary = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
+def rice_encode(values_N: Tensor, b: int) -> Tensor:
+    """Return the Rice code of non-negative int64 values."""
+    low = bits.pack(values_N & ((1 << b) - 1), b)
+    ends = torch.cumsum((values_N >> b) + 1, 0) - 1
+    length = int(ends[-1]) + 1 if len(ends) else 0
+    unary = torch.zeros(length, dtype=torch.uint8, device=values_N.device)
     unary[ends] = 1
-    return low + bits.pack_bits(unary)
+    return torch.cat((low, bits.pack_bits(unary)))
 
 
 def rice_bound(count: int, b: int, total: int) -> int:
@@ -47,39 +97,42 @@ def rice_bound(count: int, b: int, total: int) -> int:
     return bits.packed_bytes(count, b) + bits.packed_bytes(count + (total >> b), 1)
 
 
-def rice_decode(data: bytes, count: int, b: int, total: int) -> NDArray[np.int64]:
-    """Return `count` values whose sum is at most `total`; `data` must hold nothing else."""
+def rice_decode(reader: bits.Reader, count: int, b: int, total: int) -> Tensor:
+    """Return `count` int64 values whose sum is at most `total`: all that is left of the payload."""
+    data = reader.rest()
     split = bits.packed_bytes(count, b)
     if len(data) > rice_bound(count, b, total):
         raise PayloadError("Rice code is longer than its values can need")
     if len(data) < split + bits.packed_bytes(count, 1):
         raise PayloadError("Rice code is cut off")
-    low = bits.unpack(data[:split], count, b) if b else np.zeros(count, np.int64)
-    if count and data[-1] == 0:
+    if count and int(data[-1]) == 0:
         raise PayloadError("Rice code ends in a needless byte")
-    unary = np.unpackbits(np.frombuffer(data[split:], np.uint8), bitorder="little")
-    ends = np.flatnonzero(unary)
+    unary = bits.unpack_bits(data[split:], 8 * (len(data) - split))
+    ends = unary.nonzero().reshape(-1)
     if len(ends) != count:
         raise PayloadError(f"Rice code holds {len(ends)} values, expected {count}")
-    high = np.diff(ends, prepend=-1) - 1
-    return (high << b) | low
+    values_N = ends.diff(prepend=ends.new_tensor([-1])) - 1
+    values_N = (values_N << b) | bits.unpack(data[:split], count, b) if b else values_N
+    if int(values_N.sum()) > total:
+        raise PayloadError("Rice code holds values that are too large together")
+    return values_N
 
 
-def huffman_lengths(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def huffman_lengths(counts: list[int]) -> list[int]:
     """Return the code length of each symbol, 0 for those that never occur.
 
     Huffman's algorithm; among equal weights the tree made first is taken first (leaves before
     inner nodes, by symbol). If a code passes 15 bits, all weights are halved (rounding up) and it
     starts again. A lone symbol gets length 1 and takes no bits at all.
     """
-    weights = counts.astype(np.int64)
-    used = np.flatnonzero(weights)
-    lengths = np.zeros(len(counts), np.int64)
+    weights = list(counts)
+    used = [s for s, n in enumerate(counts) if n]
+    lengths = [0] * len(counts)
     if len(used) == 1:
-        lengths[used] = 1
+        lengths[used[0]] = 1
         return lengths
-    while len(used):
-        heap = [(int(weights[s]), i) for i, s in enumerate(used)]
+    while used:
+        heap = [(weights[s], i) for i, s in enumerate(used)]
         heapq.heapify(heap)
         parent = [0] * (2 * len(used) - 1)
         for node in range(len(used), 2 * len(used) - 1):
@@ -90,81 +143,87 @@ def huffman_lengths(counts: NDArray[np.int64]) -> NDArray[np.int64]:
         for node in reversed(range(len(parent) - 1)):
             depth[node] = depth[parent[node]] + 1
         if max(depth) <= LONGEST:
-            lengths[used] = depth[: len(used)]
+            for i, s in enumerate(used):
+                lengths[s] = depth[i]
             break
-        weights = (weights + 1) >> 1
+        weights = [(w + 1) >> 1 for w in weights]
     return lengths
 
 
-def huffman_bytes(counts: NDArray[np.int64], lengths: NDArray[np.int64]) -> int:
-    """Return how many bytes `huffman_encode` makes of symbols with these counts."""
-    table = bits.packed_bytes(len(counts), 4)
-    if np.count_nonzero(lengths) <= 1:
-        return table
-    planes = (int(counts[lengths > k].sum()) for k in range(int(lengths.max())))
-    return table + sum(bits.packed_bytes(n, 1) for n in planes)
+def _huffman_at_least(counts: list[int], lengths: list[int]) -> int:
+    """Return a lower bound on the bytes of the Huffman form, the form byte among them."""
+    top = max((s for s, n in enumerate(counts) if n), default=0)
+    lone = sum(1 for n in counts if n) < 2
+    coded = 0 if lone else sum(n * w for n, w in zip(counts, lengths, strict=True))
+    segments = -(-sum(counts) // SEGMENT)
+    return 2 + bits.packed_bytes(top + 1, 4) + 2 * segments + bits.packed_bytes(coded, 1)
 
 
-def huffman_encode(symbols: Symbols, alphabet: int) -> bytes:
-    """Return the code lengths (4 bits each) and the planes of `symbols`."""
-    lengths = huffman_lengths(np.bincount(symbols, minlength=alphabet))
-    parts = [bits.pack(lengths, 4)]
-    if np.count_nonzero(lengths) > 1:
-        codes = _codes(lengths)
-        left = symbols
-        for k in range(int(lengths.max())):
-            left = left[(lengths > k)[left]] if k else left
-            bit = (codes >> np.maximum(lengths - 1 - k, 0)) & 1
-            parts.append(bits.pack_bits(bit.astype(np.uint8)[left]))
-    return b"".join(parts)
-
-
-def huffman_decode(data: bytes, count: int, alphabet: int) -> Symbols:
-    """Return `count` symbols; `data` must hold nothing else and be what the encoder makes."""
-    reader = bits.Reader(data)
-    lengths = bits.unpack(reader.take(bits.packed_bytes(alphabet, 4)), alphabet, 4)
-    used = np.flatnonzero(lengths)
-    if len(used) == 1 and lengths[used[0]] == 1:
-        symbols = np.full(count, used[0], np.uint8)
-    elif len(used) < 2 or sum(1 << (LONGEST - int(n)) for n in lengths[used]) != 1 << LONGEST:
-        raise PayloadError("Huffman code lengths do not make a complete tree")
-    else:
-        symbols = _descend(reader, count, lengths)
-    reader.end()
-    if not np.array_equal(huffman_lengths(np.bincount(symbols, minlength=alphabet)), lengths):
-        raise PayloadError("Huffman code lengths are not those of the symbols")
-    return symbols
-
-
-def _codes(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return canonical codes: by (length, symbol), counting up."""
-    codes = np.zeros(len(lengths), np.int64)
+def _codes(lengths: list[int]) -> list[int]:
+    """Return canonical codes, by (length, symbol) counting up, bits reversed: root bit lowest."""
+    codes = [0] * len(lengths)
     code = previous = 0
-    for symbol in sorted(np.flatnonzero(lengths), key=lambda s: (lengths[s], s)):
-        code <<= int(lengths[symbol]) - previous
-        previous = int(lengths[symbol])
-        codes[symbol] = code
+    for length, symbol in sorted((n, s) for s, n in enumerate(lengths) if n):
+        code <<= length - previous
+        previous = length
+        codes[symbol] = int(f"{code:0{length}b}"[::-1], 2)
         code += 1
     return codes
 
 
-def _descend(reader: bits.Reader, count: int, lengths: NDArray[np.int64]) -> Symbols:
-    # In a canonical tree the leaves of a depth stand before its inner nodes, so a node is its
-    # number v within the depth: a leaf if v < leaves, else inner node v - leaves, with children
-    # 2(v - leaves) and 2(v - leaves) + 1.
-    inner = np.zeros(count, np.int16)
-    nodes: list[NDArray[np.int16]] = []
-    leaves: list[Symbols] = []
-    for depth in range(1, int(lengths.max()) + 1):
-        bit = bits.unpack_bits(reader.take(bits.packed_bytes(len(inner), 1)), len(inner))
-        nodes.append(2 * inner + bit)
-        leaves.append(np.flatnonzero(lengths == depth).astype(np.uint8))
-        inner = nodes[-1][nodes[-1] >= len(leaves[-1])] - len(leaves[-1])
-    symbols = np.zeros(0, np.uint8)
-    for node, leaf in zip(reversed(nodes), reversed(leaves), strict=True):
-        here = np.empty(len(node), np.uint8)
-        is_leaf = node < len(leaf)
-        here[is_leaf] = leaf[node[is_leaf]]
-        here[~is_leaf] = symbols
-        symbols = here
-    return symbols
+def _encode(data_N: Tensor, lengths: list[int]) -> Tensor:
+    device = data_N.device
+    top = max((s for s, n in enumerate(lengths) if n), default=0)
+    table = torch.tensor(lengths[: top + 1], dtype=torch.int64, device=device)
+    head = torch.tensor([HUFFMAN, top], dtype=torch.uint8, device=device)
+    parts = [head, bits.pack(table, 4)]
+    segments = data_N.split(SEGMENT) if len(data_N) else ()  # type: ignore[no-untyped-call]
+    lone = sum(1 for n in lengths if n) < 2
+    width = torch.tensor(lengths, device=device) if not lone else torch.zeros(256, device=device)
+    width, code = width.to(torch.int64), torch.tensor(_codes(lengths), device=device)
+    coded = []
+    for segment in segments:
+        symbols = segment.to(torch.int64)
+        ends = torch.cumsum(width[symbols], 0)
+        stream = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=device)
+        for k in range(LONGEST):
+            here = width[symbols] > k
+            place = (ends - width[symbols])[here] + k
+            stream[place] = ((code[symbols][here] >> k) & 1).to(torch.uint8)
+        coded.append(bits.pack_bits(stream))
+    sizes = torch.tensor([len(c) for c in coded], dtype=torch.int64, device=device)
+    return torch.cat((*parts, bits.pack(sizes, 16), *coded))
+
+
+def _decode(reader: bits.Reader, count: int) -> Tensor:
+    top = reader.number(1)
+    table = bits.unpack(reader.take(bits.packed_bytes(top + 1, 4)), top + 1, 4).tolist()
+    lengths = table + [0] * (256 - len(table))
+    used = [s for s, n in enumerate(lengths) if n]
+    whole = sum(1 << (LONGEST - lengths[s]) for s in used) == 1 << LONGEST
+    lone = len(used) == 1 and lengths[used[0]] == 1
+    if count and not lone and (len(used) < 2 or not whole):
+        raise PayloadError("Huffman code lengths do not make a complete tree")
+    segments = -(-count // SEGMENT)
+    sizes = bits.unpack(reader.take(2 * segments), segments, 16).tolist()
+    found: list[int] = []
+    codes = {(lengths[s], c): s for s, c in enumerate(_codes(lengths)) if lengths[s]}
+    for i, size in enumerate(sizes):
+        stream = reader.take(size).tolist()
+        wanted, at = min(SEGMENT, count - SEGMENT * i), 0
+        if lone:
+            found += [used[0]] * wanted
+        for _ in range(0 if lone else wanted):
+            code = length = 0
+            while (length, code) not in codes:
+                if at >= 8 * len(stream) or length >= LONGEST:
+                    raise PayloadError("Huffman code is cut off")
+                code |= (stream[at >> 3] >> (at & 7) & 1) << length
+                at, length = at + 1, length + 1
+            found.append(codes[length, code])
+        if size != (at + 7) // 8 or (at & 7 and stream[-1] >> (at & 7)):
+            raise PayloadError("a segment of Huffman code has bytes or bits too many")
+    data_N = torch.tensor(found, dtype=torch.uint8)
+    if huffman_lengths(torch.bincount(data_N, minlength=256).tolist()) != lengths:
+        raise PayloadError("Huffman code lengths are not those of the bytes")
+    return data_N

@@ -152,11 +152,8 @@ def _update(given: Mapping[str, Any]) -> tuple[Part, FeedbackSettings]:
                 if key not in known:
                     raise unknown(f"setting of {where}:", key, known) from None
         raise
-    if not codec.make(name, options, where=where).exact:
-        raise SettingError(
-            f"kind = {name!r} does not decode to integers, which the ledger needs; "
-            "use 'sparse' or 'dense'"
-        )
+    if reason := codec.make(name, options, where=where).inexact:
+        raise SettingError(f"kind = {name!r} cannot be used with the ledger: {reason}")
     # Dense updates lose little to rounding, and all of it is sent later; what a sparse one leaves
     # behind grows stale (SparseLoCo's β).
     given = {"decay": 1.0 if name == "dense" else 0.95, **given}

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.compression import bits, entropy
+from shoal.compression import old_bits as bits
+from shoal.compression import old_entropy as entropy
 from shoal.compression.codec import (
     INT32_MAX,
     Decoded,
@@ -41,7 +42,7 @@ _TRITS = np.array([[c // 3**i % 3 for i in range(5)] for c in range(243)], dtype
 class Dense:
     """Send every element coarsely; what rounding drops stays in the author's residual."""
 
-    exact: ClassVar[bool] = True
+    inexact: ClassVar[str] = ""
 
     levels: int = 3
     """2: {-s, s} with s = mean |x| of the block; 3: {-s, 0, s} with s = 1.5 · mean |x|."""

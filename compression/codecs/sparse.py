@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.compression import bits, entropy
+from shoal.compression import old_bits as bits
+from shoal.compression import old_entropy as entropy
 from shoal.compression.codec import (
     INT32_MAX,
     Decoded,
@@ -48,7 +49,7 @@ class Kept(NamedTuple):
 class Sparse:
     """Send the elements that matter most; the others wait in the author's residual."""
 
-    exact: ClassVar[bool] = True
+    inexact: ClassVar[str] = ""
 
     density: float = 1 / 64
     """Fraction of the elements of a chunk that are kept; at least one is."""

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.compression import bits, entropy
+from shoal.compression import old_bits as bits
+from shoal.compression import old_entropy as entropy
 from shoal.compression.codec import PayloadError
 
 
