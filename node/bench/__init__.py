@@ -1,1 +1,1 @@
-"""One file per benchmark, each with `run(json) -> exit code`."""
+"""One file per benchmark, each with `register(parser)` and `run(args) -> exit code`."""

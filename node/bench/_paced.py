@@ -22,7 +22,7 @@ class Paced(duties.Duties):
         trainer = self._ready()
         self._discard()
         noise_D = 1e-4 * torch.randn(trainer.parameters)
-        payload = trainer.exchange.publish(noise_D, 1 / members, key=turn)
+        payload = trainer.exchange.publish(noise_D, 1 / members, turn=turn, key=turn)
         self._pending = True
         time.sleep(max(0.0, self.seconds - (time.perf_counter() - began)))
         answer = pipe.Turned(

@@ -1,5 +1,6 @@
 """What a benchmark measured: rows beside their yardsticks, as a table or as one JSON object."""
 
+import argparse
 import json
 import os
 import platform
@@ -21,6 +22,13 @@ class Row:
     """value / yardstick."""
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that all benchmarks have."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one object {bench, machine, rows}"
+    )
+
+
 def beside(name: str, value: float, unit: str, yardstick: float) -> Row:
     """Return a row with its ratio."""
     return Row(name, value, unit, yardstick, value / yardstick)
@@ -39,6 +47,24 @@ def show(bench: str, rows: Sequence[Row], *, as_json: bool) -> None:
         if row.yardstick is not None and row.ratio is not None:
             line += f"   beside {row.yardstick:.5g} {row.unit}: {row.ratio:.4f}"
         print(line)
+
+
+def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of plain text: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [heads, *rows]
+    )
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the same as a table in Markdown."""
+    ruler = ["---", *("---:" for _ in heads[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ruler, *rows])
 
 
 def machine() -> str:

@@ -6,6 +6,7 @@ slower meanwhile slows both. The peer that is measured has one core for its daem
 the other peer, a real daemon with a paced fake worker, has another core.
 """
 
+import argparse
 import asyncio
 import contextlib
 import io
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shoal.node import client, founding, pipe
-from shoal.node.bench._report import Row, beside, show
+from shoal.node.bench._report import Row, add_json, beside, show
 from shoal.node.config import RunFile, to_toml
 from shoal.node.daemon import Daemon
 from shoal.node.errors import ConfigError
@@ -56,14 +57,19 @@ class Speed(NamedTuple):
     """… and of its worker."""
 
 
-def run(as_json: bool) -> int:
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     with (
         tempfile.TemporaryDirectory(prefix="shoal-overhead-") as folder,
         contextlib.redirect_stdout(sys.stderr),  # what the daemon in this process says
     ):
         bare, swarm = asyncio.run(_measure(Path(folder)))
-    show("overhead", rows(bare, swarm), as_json=as_json)
+    show("overhead", rows(bare, swarm), as_json=args.json)
     return 0
 
 

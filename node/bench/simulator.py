@@ -6,13 +6,14 @@ Two swarms of simulated peers on one core of this machine. 256 ledger peers with
 yardsticks are the design's bounds (design 12).
 """
 
+import argparse
 import random
 import resource
 import time
 from dataclasses import replace
 
 from shoal.gossip.limits import sim
-from shoal.node.bench._report import Row, beside, show
+from shoal.node.bench._report import Row, add_json, beside, show
 from shoal.node.simulate import FakeWorker, Fault, Network, Simulator, SimWorker, fake_run
 
 LEDGER_SECONDS, LEDGER_GIB = 120.0, 4.0
@@ -20,12 +21,17 @@ CROWD_SECONDS, CROWD_GIB = 300.0, 6.0
 MOST_SIMULATED = 300.0
 
 
-def run(as_json: bool) -> int:
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 if a swarm did not get there or took more than its yardstick."""
     ledger_ok, ledger_rows = ledger()
     crowd_ok, crowd_rows = crowd()
     rows = [*ledger_rows, *crowd_rows]
-    show("simulator", rows, as_json=as_json)
+    show("simulator", rows, as_json=args.json)
     slow = any(row.ratio is not None and row.ratio > 1 for row in rows)
     return int(slow or not (ledger_ok and crowd_ok))
 

@@ -1,5 +1,6 @@
 """What the overhead benchmark makes of its numbers, and, slowly, that it runs."""
 
+import argparse
 import json
 import os
 
@@ -41,6 +42,6 @@ def test_it_measures_a_real_swarm(
 ) -> None:
     for name, value in {"PAIRS": 1, "TURNS": 3, "WARM": 1, "STEPS": 5}.items():
         monkeypatch.setattr(overhead, name, value)
-    assert overhead.run(True) == 0
+    assert overhead.run(argparse.Namespace(json=True)) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert 0.2 < rows[0]["ratio"] < 5
