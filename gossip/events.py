@@ -269,14 +269,16 @@ class KeepAdmission:
 class StartTurn:
     """Let the worker apply everything held up to `frontier`, then train `turn`.
 
-    `members`: N_w of design 3.2; the author's weight is 1 / (participation · N_w).
-    `publish` False: the peer is not drawn for this turn.
+    `members`: N_w of design 3.2; the author's weight is 1 / N_w.
+    `publish` False: the peer is not drawn for this turn; what it learns goes into its next update.
+    `lag`: how many turns the others made while we made our last one, beyond that one.
     """
 
     turn: int
     members: float
     frontier: tuple[tuple[Author, int], ...]
     publish: bool = True
+    lag: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,12 @@ class Turns:
     _done: TurnDone | None = None
     _tries: int = 0
     _not_before: float = 0.0
+    _lag: float = 0.0
+    """How many turns the others made during our last one, beyond that one."""
+    _held: int = 0
+    """Updates in the frontier when the turn began."""
+    _others: int = 0
+    """Members that trained then, ourselves not among them."""
 
     # ------------------------------------------------------------ requests
 
@@ -138,7 +144,8 @@ class Turns:
         counts = self.pace.begin(turn, self.agreement.applied)
         # In lockstep a turn leaves out later ones: what they brought is still to be asked for.
         self._asked = self.frontier.version if counts == self.frontier.counts() else -1
-        self._ask(StartTurn(turn, weight, counts, publish))
+        self._held, self._others = self.frontier.total(), len(members) - 1
+        self._ask(StartTurn(turn, weight, counts, publish, self._lag))
 
     # ------------------------------------------------------------ answers
 
@@ -177,6 +184,9 @@ class Turns:
             return
         publish = self._request.publish
         self._request, self.report = None, event.report
+        expected = self._others * self.run.participation
+        arrived = self.frontier.total() - self._held
+        self._lag = max(0.0, arrived / expected - 1) if expected else 0.0
         self.next = max(self.next, event.turn + 1)
         if event.payload is None:
             if publish:

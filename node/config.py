@@ -15,11 +15,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from shoal.compression.settings import SettingError
 from shoal.gossip import limits as presets
 from shoal.gossip.limits import Limits
 from shoal.node.addresses import EXAMPLE, parse
 from shoal.node.errors import ConfigError
 from shoal.node.files import write_atomically
+from shoal.training import presets as recipes
 from shoal.training import tables
 
 RUN_FILE_BYTES = 1 << 18
@@ -91,8 +93,8 @@ class RunFile:
         """Check plain tables; `where` begins every complaint."""
         try:
             _check_plain(given, "the run file", 0)
-            return _build(RunFile, given, "")
-        except ConfigError as error:
+            return _build(RunFile, _expanded(given), "")
+        except (ConfigError, SettingError) as error:
             raise ConfigError(f"{where}: {error}") from None
 
     @staticmethod
@@ -115,6 +117,11 @@ class RunFile:
     def to_toml(self) -> str:
         """Return the run file as TOML, for people."""
         return to_toml(self.tables())
+
+
+def _expanded(given: object) -> object:
+    """Put in what `exchange.preset` stands for."""
+    return recipes.expand(given) if isinstance(given, dict) else given
 
 
 def canonical(plain: Mapping[str, object]) -> bytes:

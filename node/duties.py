@@ -56,8 +56,8 @@ class Duties:
                 answer = self._subtract(items, body)
             case pipe.Reset():
                 answer = self._reset()
-            case pipe.Turn(turn, members):
-                answer, payload = self._turn(turn, members)
+            case pipe.Turn():
+                answer, payload = self._turn(request)
             case pipe.Commit(own_log, number):
                 answer = self._commit(own_log, number)
             case pipe.Discard():
@@ -182,10 +182,10 @@ class Duties:
 
     # ------------------------------------------------------------------ training
 
-    def _turn(self, turn: int, members: float) -> tuple[pipe.Answer, list[pipe.Buffer]]:
+    def _turn(self, asked: pipe.Turn) -> tuple[pipe.Answer, list[pipe.Buffer]]:
         trainer = self._ready()
         self._discard()
-        turned = trainer.turn(turn, members)
+        turned = trainer.turn(asked.turn, asked.members, lag=asked.lag, publish=asked.publish)
         self._pending = turned.payload is not None
         answer = pipe.Turned(
             kind=turned.kind,

@@ -243,7 +243,7 @@ class Foreman:
         return self._applied([], [])
 
     async def _turn(self, request: ev.StartTurn) -> ev.TurnDone:
-        asked = pipe.Turn(request.turn, request.members)
+        asked = pipe.Turn(request.turn, request.members, request.lag, request.publish)
         answer, data = await self.supervisor.ask_body(asked, pipe.Turned)
         now = self.now
         now.turn, now.loss, now.memory = request.turn, answer.loss, answer.memory
@@ -253,6 +253,7 @@ class Foreman:
         self._turned(answer, len(data))
         if answer.dropped is not None:
             log.warning("turn dropped", extra={"turn": request.turn, "reason": answer.dropped})
+        if answer.dropped is not None or not request.publish:
             return ev.TurnDone(request.turn, answer.kind, None, 0, None, self._report(now))
         payload_hash = Hash(blake2b(data, digest_size=32).digest())
         inline = data if len(data) <= self.limits.inline_bytes else None

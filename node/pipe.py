@@ -110,6 +110,10 @@ class Turn(msgspec.Struct, frozen=True, tag_field="do", tag="turn"):
 
     turn: int
     members: float
+    lag: float = 0.0
+    """How many turns the others made during the last one, beyond that one."""
+    publish: bool = True
+    """False: not drawn for this turn; what is learnt goes into the next update."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag_field="do", tag="commit"):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shoal.gossip.events import StartTurn
 from shoal.gossip.names import Key, RunId, digest
 from shoal.gossip.records import Report, Standing, Update
 from shoal.gossip.run import Run
@@ -60,10 +61,12 @@ class TrainingWorker:
         refused = [(key, outcome.refused) for key, outcome in named if outcome.refused is not None]
         return [(key, outcome.delta) for key, outcome in named], refused
 
-    def turn(self, turn: int, members: float) -> Turned:
+    def turn(self, start: StartTurn) -> Turned:
         """Train one turn for real; how long it takes is simulated."""
         try:
-            turned = self.trainer.turn(turn, members)
+            turned = self.trainer.turn(
+                start.turn, start.members, lag=start.lag, publish=start.publish
+            )
         except (RunError, TrainingError) as error:
             raise ConfigError(str(error)) from error
         self.steps += turned.steps
@@ -71,7 +74,7 @@ class TrainingWorker:
         if self.first_evaluation is None:
             self.first_evaluation = turned.evaluation
         self.last = Report(
-            turn=turn, steps=self.steps, loss=turned.loss, evaluation=turned.evaluation
+            turn=start.turn, steps=self.steps, loss=turned.loss, evaluation=turned.evaluation
         )
         return Turned(turned.kind, turned.payload, self.last, self.pace * turned.steps)
 

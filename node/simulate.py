@@ -156,7 +156,7 @@ class SimWorker(Contract):
         """Add updates (sign +1) or take them out (−1); return deltas and refusals."""
         ...
 
-    def turn(self, turn: int, members: float) -> Turned:
+    def turn(self, start: ev.StartTurn) -> Turned:
         """Train one turn from the model as it is."""
         ...
 
@@ -202,10 +202,10 @@ class FakeWorker:
             deltas.append((key, delta))
         return deltas, refused
 
-    def turn(self, turn: int, members: float) -> Turned:
+    def turn(self, start: ev.StartTurn) -> Turned:
         """Return random bytes."""
         payload = self.rng.randbytes(self.rng.randint(*self.sizes))
-        return Turned("fake", payload, Report(turn=turn), self.rng.uniform(*self.seconds))
+        return Turned("fake", payload, Report(turn=start.turn), self.rng.uniform(*self.seconds))
 
     def commit(self, log: int, number: int) -> None:
         """Keep nothing."""
@@ -576,7 +576,7 @@ class Simulator:
                 raise ValueError(f"no worker does {effect}")
 
     def _turn(self, peer: SimPeer, start: ev.StartTurn) -> None:
-        turned = peer.worker.turn(start.turn, start.members)
+        turned = peer.worker.turn(start)
         payload = turned.payload if start.publish else None
         if payload is None:
             peer.worker.discard()

@@ -41,11 +41,19 @@ class Exchange(Protocol):
     """How one peer's model takes part in the swarm's."""
 
     def model(self) -> Tensor:
-        """Return the float32 vector to train from."""
+        """Return the shared model as a float32 vector."""
         ...
 
-    def publish(self, delta_D: Tensor, weight: float, *, key: int) -> bytes:
-        """Return the payload of a turn that moved the model by `delta_D`; it stays pending."""
+    def start(self) -> Tensor:
+        """Return the vector to train from: the shared model and what was learnt here since."""
+        ...
+
+    def publish(self, delta_D: Tensor, weight: float, *, turn: int, key: int) -> bytes:
+        """Return the payload of a turn that moved `start` by `delta_D`; it stays pending."""
+        ...
+
+    def carry(self, delta_D: Tensor) -> None:
+        """Keep what a turn taught that publishes nothing; a later turn's payload holds it."""
         ...
 
     def commit(self, log: int, number: int) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.compression.codec import Encoded
-from shoal.training.rules import RuleError, Rules
+from shoal.compression.codec import Codec, Encoded
+from shoal.training.rules import Fragment, RuleError, Rules
 
 SHRINKS = 64
 """How often an update that breaks a rule is made smaller before the turn is given up."""
@@ -49,34 +49,45 @@ class Feedback:
         self._quanta = 2.0**quantum_bits
         self.residual: Tensor | None = None
         self.momentum: Tensor | None = None
-        self._pending: tuple[Tensor, Tensor | None] | None = None
+        self._pending: tuple[Fragment, Tensor, Tensor | None] | None = None
 
-    def publish(self, delta_D: Tensor, weight: float, *, key: int = 0) -> Encoded:
+    def publish(self, delta_D: Tensor, weight: float, *, turn: int = 1, key: int = 0) -> Encoded:
         """Return the update of a turn; `commit` or `discard` decides about the memory it leaves.
 
-        Raises RuleError when no shrunken form of the update keeps the rules of the run.
+        `delta_D` is the whole model's; only the fragment whose turn it is goes into the update and
+        changes the memory. Raises RuleError when no shrunken form of the update keeps the rules.
         """
+        part = self._rules.fragment(turn)
         mu, eta, beta = self.settings.momentum, self.settings.outer_lr, self.settings.decay
-        step_D, m_D = eta * delta_D, None
+        delta_F = delta_D[part.range]
+        e_F, m_F = eta * delta_F, None
         if mu:
-            m_D = delta_D.clone() if self.momentum is None else mu * self.momentum + delta_D
-            step_D = eta * (delta_D + mu * m_D)
-        e_D = step_D if self.residual is None else beta * self.residual + step_D
-        encoded = self._encode(e_D * (weight * self._quanta), key)
+            m_F = delta_F.clone()
+            if self.momentum is not None:
+                m_F.add_(self.momentum[part.range], alpha=mu)
+            e_F.add_(m_F, alpha=eta * mu)
+        if self.residual is not None and beta:
+            e_F.add_(self.residual[part.range], alpha=beta)
+        encoded = self._encode(part.codec, e_F, weight * self._quanta, key)
         sent = encoded.decoded
-        e_D = e_D.clone()
-        values = sent.values.to(torch.float32) / (weight * self._quanta)
-        if sent.indices is None:
-            e_D -= values
-        else:
-            e_D[sent.indices] -= values
-        self._pending = (e_D, m_D)
+        if beta:
+            values = sent.values.to(torch.float32).mul_(1 / (weight * self._quanta))
+            if sent.indices is None:
+                e_F -= values
+            else:
+                e_F[sent.indices] -= values
+        self._pending = (part, e_F, m_F)
         return encoded
 
     def commit(self) -> None:
         """Keep the pending turn's memory: its update was published."""
-        if self._pending is not None:
-            self.residual, self.momentum = self._pending
+        if self._pending is None:
+            return
+        part, e_F, m_F = self._pending
+        if self.settings.decay:
+            self.residual = self._kept(self.residual, part, e_F)
+        if m_F is not None:
+            self.momentum = self._kept(self.momentum, part, m_F)
         self._pending = None
 
     def discard(self) -> None:
@@ -87,13 +98,21 @@ class Feedback:
         """Start from zero, as after a restart whose memory belongs to another update."""
         self.residual = self.momentum = self._pending = None
 
-    def _encode(self, x_D: Tensor, key: int) -> Encoded:
+    def _kept(self, whole_D: Tensor | None, part: Fragment, part_F: Tensor) -> Tensor:
+        if len(self._rules.fragments) == 1:
+            return part_F
+        if whole_D is None:
+            whole_D = part_F.new_zeros(self._rules.size)
+        whole_D[part.range] = part_F
+        return whole_D
+
+    def _encode(self, codec: Codec, e_F: Tensor, scale: float, key: int) -> Encoded:
         for _ in range(SHRINKS):
-            encoded = self._rules.codec.encode(x_D, key=key)
+            encoded = codec.encode(e_F * scale, key=key)
             try:
                 self._rules.judge_values(encoded.decoded)
             except RuleError:
-                x_D = x_D * 0.7
+                scale *= 0.7
             else:
                 return encoded
         raise RuleError("the update cannot be made small enough for exchange.clip; raise it")

@@ -4,6 +4,7 @@ The vector holds the parameters sorted by the UTF-8 bytes of their names, each r
 parameter stands once, under its first name. Frozen parameters and buffers are not in it.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -51,6 +52,11 @@ class Layout:
                 ranges.append(range(start, end))
                 start = end
         return ranges
+
+    def shapes_in(self, part: range) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the parameters that lie in a fragment."""
+        ends = itertools.accumulate(self.sizes)
+        return tuple(s for s, end in zip(self.shapes, ends, strict=True) if end - 1 in part)
 
 
 class Parameters:

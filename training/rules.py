@@ -5,7 +5,7 @@ own updates with the same function before they publish.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, Protocol
 
@@ -19,18 +19,36 @@ class RuleError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Fragment:
+    """A contiguous range of the model, and the codec for the tensors that lie in it."""
+
+    start: int
+    size: int
+    codec: Codec
+
+    @property
+    def range(self) -> slice:
+        """Return where it lies in the flat vector."""
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True, slots=True)
 class Rules:
     """The rules of one run."""
 
     kind: str
-    codec: Codec
-    size: int
-    """Parameters of the model."""
+    fragments: tuple[Fragment, ...]
+    """In order; turn t publishes the ((t - 1) mod their number)-th (Streaming DiLoCo)."""
     turns: int
     """Last turn of the run; 0: none."""
     clip: Fraction
     initial_squares: int
     """Σ of squares of the initial model's integers, from the genesis."""
+
+    @property
+    def size(self) -> int:
+        """Return the number of parameters of the model."""
+        return sum(part.size for part in self.fragments)
 
     @property
     def most_squares(self) -> int:
@@ -39,7 +57,11 @@ class Rules:
 
     def most_bytes(self) -> dict[str, int]:
         """Return the largest payload of each kind; a larger declared size is never fetched."""
-        return {self.kind: self.codec.bound(self.size)}
+        return {self.kind: max(part.codec.bound(part.size) for part in self.fragments)}
+
+    def fragment(self, turn: int) -> Fragment:
+        """Return what an update of this turn is about."""
+        return self.fragments[(turn - 1) % len(self.fragments)]
 
     def judge_record(self, turn: int, kind: str, size: int) -> None:
         """Raise RuleError if the record alone shows that the update cannot count."""
@@ -47,7 +69,8 @@ class Rules:
             raise RuleError(f"kind: {kind!r} where the run uses {self.kind!r}")
         if turn < 1 or (self.turns and turn > self.turns):
             raise RuleError(f"turn: {turn} is not one of the run's")
-        if size > (most := self.codec.bound(self.size)):
+        part = self.fragment(turn)
+        if size > (most := part.codec.bound(part.size)):
             raise RuleError(f"size: {size} bytes where at most {most} are possible")
 
     def judge(
@@ -67,12 +90,13 @@ class Rules:
             raise RuleError("payload: missing")
         if len(payload) != size:
             raise RuleError(f"size: {len(payload)} bytes, the record says {size}")
+        part = self.fragment(turn)
         try:
-            decoded = self.codec.decode(payload, self.size, device)
+            decoded = part.codec.decode(payload, part.size, device)
         except PayloadError as error:
             raise RuleError(f"payload: {error}") from error
         self.judge_values(decoded)
-        return decoded
+        return replace(decoded, offset=part.start)
 
     def judge_values(self, decoded: Decoded) -> None:
         """Raise RuleError if the values are too large together."""

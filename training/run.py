@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from shoal.compression import codec
 from shoal.compression.settings import SettingError, build, fill, unknown
-from shoal.training import optimizer, rules, schedule, tables, task
+from shoal.training import optimizer, presets, rules, schedule, tables, task
 from shoal.training.feedback import FeedbackSettings
 
 T = TypeVar("T")
@@ -83,6 +83,7 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
     for name in given:
         if name not in TABLES:
             raise unknown("table", name, TABLES)
+    given = presets.expand(given)
     run = _table(tables.Run, given, "run")
     local = _table(tables.Local, given, "local")
     exchange = _table(tables.Exchange, given, "exchange")
@@ -92,6 +93,10 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
     if exchange.rule not in rules.TURN_RULES:
         raise unknown("exchange.rule", exchange.rule, rules.TURN_RULES)
     inner, curve = _optimizer(local.optimizer, run.turns)
+    if exchange.control != "ef14":
+        raise SettingError(
+            f"exchange.control = {exchange.control!r} cannot be used with the ledger: "
+        )
     update, feedback = _update(exchange.update)
     return RunSpec(
         run=run,
@@ -154,8 +159,17 @@ def _update(given: Mapping[str, Any]) -> tuple[Part, FeedbackSettings]:
         raise
     if reason := codec.make(name, options, where=where).inexact:
         raise SettingError(f"kind = {name!r} cannot be used with the ledger: {reason}")
-    # Dense updates lose little to rounding, and all of it is sent later; what a sparse one leaves
-    # behind grows stale (SparseLoCo's β).
-    given = {"decay": 1.0 if name == "dense" else 0.95, **given}
+    given = {"decay": _decay(codec.make(name, options, where=where)), **given}
     own = fill(FeedbackSettings, {k: v for k, v in given.items() if k in mine}, where=where)
     return Part(name, options), build(FeedbackSettings, own, where=where)
+
+
+def _decay(part: codec.Codec) -> float:
+    """Return how much of the residual lives on by default.
+
+    A codec that sends everything coarsely loses little, and all of it is sent later; what a sparse
+    one leaves behind grows stale (SparseLoCo's β); unbiased noise must not be fed back at all.
+    """
+    if getattr(part, "unbiased", False):
+        return 0.0
+    return 0.95 if getattr(part, "sparsifies", type(part).__name__ == "Sparse") else 1.0

@@ -23,7 +23,7 @@ from shoal.training.exchange import Arrived, Outcome
 from shoal.training.exchanges.ledger import LedgerExchange
 from shoal.training.fingerprint import Lanes
 from shoal.training.parameters import Parameters
-from shoal.training.rules import Rules
+from shoal.training.rules import Fragment, Rules
 from shoal.training.run import RunError, RunSpec
 from shoal.training.task import Place, Task
 from shoal.training.turn import Learner, Turned, chance
@@ -31,6 +31,8 @@ from shoal.training.turn import Learner, Turned, chance
 NAN = float("nan")
 CHECKPOINT = 1
 """Version of the checkpoint file."""
+MEMORY = ("residual", "momentum", "drift")
+"""What an author keeps between turns (`LedgerExchange.memory`)."""
 
 
 class CheckpointError(ValueError):
@@ -191,14 +193,16 @@ class Trainer:
 
     # ---- training
 
-    def turn(self, turn: int, members: float) -> Turned:
+    def turn(self, turn: int, members: float, *, lag: float = 0.0, publish: bool = True) -> Turned:
         """Train for one turn (from 1) from the shared model; the update stays pending.
 
-        `members` is N_w of design 3.2: the update is weighted by 1 / (participation · members).
-        Raises TrainingError when the turn shows that training cannot go on.
+        `members` is N_w of design 3.2: the update is weighted by staleness(lag) / members, where
+        `lag` says how many turns the others make beyond one while this peer makes one. Without
+        `publish` (the peer is not drawn) what was learnt goes into its next update, so that w has
+        no participation in it. Raises TrainingError when the turn shows that training cannot go on.
         """
         spec = self._spec
-        weight = 1 / (spec.exchange.participation * members)
+        weight = spec.exchange.staleness.factor(lag) / members
         every = spec.local.evaluate_every
         measure = every and (turn - 1) % every == 0
         try:
@@ -210,6 +214,7 @@ class Trainer:
                 seed=chance(spec.run.seed, self._setup.peer, turn),
                 kind=spec.update.name,
                 evaluate=self._evaluate_quickly if measure else lambda: NAN,
+                publish=publish,
             )
         except SettingError as error:  # data is read when first needed
             raise RunError(str(error)) from error
@@ -255,12 +260,8 @@ class Trainer:
         """Write ledger, residual, momentum, inner optimizer, and `frontier` (any JSON)."""
         tensors, numbers = self._learner.inner.tensors()
         named = {f"inner/{name}": value for name, value in tensors.items()}
-        feedback = self.exchange.feedback
         named["ledger"] = self.exchange.ledger.model
-        if feedback.residual is not None:
-            named["residual"] = feedback.residual
-        if feedback.momentum is not None:
-            named["momentum"] = feedback.momentum
+        named.update(self.exchange.memory())
         state = {
             "version": CHECKPOINT,
             "layout": self.layout.hex(),
@@ -285,11 +286,8 @@ class Trainer:
         self.exchange.restore(tensors["ledger"].numpy().astype("<i4").tobytes())
         owner = tuple(state["owner"]) if state["owner"] else None
         kept = owner is not None and owner == own
-        self.exchange.take_back(
-            owner if kept else None,
-            tensors.get("residual") if kept else None,
-            tensors.get("momentum") if kept else None,
-        )
+        memory = {name: tensors[name] for name in MEMORY if kept and name in tensors}
+        self.exchange.take_back(owner if kept else None, memory)
         self._seconds_per_step = float(state["seconds_per_step"])
         return Loaded(state["frontier"], kept)
 
@@ -310,7 +308,7 @@ class Trainer:
         """Raise CheckpointError unless the file is whole and of this model."""
         if state.get("version") != CHECKPOINT or state.get("layout") != self.layout.hex():
             raise CheckpointError(f"{path} is of another model or version")
-        types = {"ledger": torch.int32, "residual": torch.float32, "momentum": torch.float32}
+        types = {"ledger": torch.int32, **dict.fromkeys(MEMORY, torch.float32)}
         for name in types.keys() & tensors.keys():
             if tensors[name].shape != (self.parameters,) or tensors[name].dtype != types[name]:
                 raise CheckpointError(f"{path} is of another model: {name} has another form")
@@ -352,10 +350,18 @@ class Trainer:
 
     def _rules(self) -> Rules:
         spec = self._spec
+        layout = self._parameters.layout
+        fragments = tuple(
+            Fragment(
+                part.start,
+                len(part),
+                codec.make(spec.update.name, spec.update.options, shapes=layout.shapes_in(part)),
+            )
+            for part in layout.fragments(spec.exchange.fragments)
+        )
         return Rules(
             kind=spec.update.name,
-            codec=codec.make(spec.update.name, spec.update.options),
-            size=self.parameters,
+            fragments=fragments,
             turns=spec.run.turns,
             clip=spec.exchange.clip_ratio(),
             initial_squares=self._initial_squares,
@@ -377,6 +383,7 @@ class Trainer:
         return max(local.min_steps, min(local.max_steps, fitting))
 
     def _evaluate_quickly(self) -> float:
+        self._parameters.write(self.exchange.model())
         return self._measure(thorough=False)
 
     def _measure(self, *, thorough: bool) -> float:

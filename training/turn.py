@@ -1,6 +1,6 @@
 """One turn. **Start reading here.**
 
-    θ ← q·model → H local steps → Δ = θ_end - θ → Feedback → Codec.encode → payload
+    θ ← q·model + drift → H local steps → Δ = θ_end - θ → Feedback → Codec.encode → payload
 
 The payload is signed, stored and told to others by the daemon (node/); it comes back to the ledger
 through `apply`, like everybody's. A turn that goes wrong is dropped whole: model, residual,
@@ -36,7 +36,7 @@ class Turned:
 
     kind: str
     payload: bytes | None
-    """None when the turn was dropped."""
+    """None when the turn was dropped, or publishes nothing."""
     loss: float
     """Mean over the turn's steps, in the task's unit."""
     evaluation: float
@@ -45,7 +45,7 @@ class Turned:
     seconds: float
     """Of the local steps alone."""
     dropped: str | None
-    """Why there is no payload."""
+    """Why the turn taught nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +92,23 @@ class Learner:
         seed: int,
         kind: str,
         evaluate: Callable[[], float],
+        publish: bool = True,
     ) -> Turned:
-        """Train from the shared model and return the update that says what was learnt."""
-        start_D = exchange.model()
-        self.parameters.write(start_D)
+        """Train from the shared model and return the update that says what was learnt.
+
+        Without `publish` the turn's lesson is carried on to the next update.
+        """
+        start_D = exchange.start()
         evaluation = evaluate()
+        self.parameters.write(start_D)
         before = self.inner.remember()
         lesson = self.learn(start_D, turn, steps, seed)
         payload, problem = None, lesson.problem
-        if problem is None:
+        if problem is None and not publish:
+            exchange.carry(lesson.delta)
+        elif problem is None:
             try:
-                payload = exchange.publish(lesson.delta, weight, key=seed)
+                payload = exchange.publish(lesson.delta, weight, turn=turn, key=seed)
             except RuleError as error:
                 problem = str(error)
         if problem is not None:

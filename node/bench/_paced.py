@@ -17,12 +17,14 @@ class Paced(duties.Duties):
 
     seconds = 1.0
 
-    def _turn(self, turn: int, members: float) -> tuple[pipe.Answer, list[pipe.Buffer]]:
+    def _turn(self, asked: pipe.Turn) -> tuple[pipe.Answer, list[pipe.Buffer]]:
         began = time.perf_counter()
         trainer = self._ready()
         self._discard()
         noise_D = 1e-4 * torch.randn(trainer.parameters)
-        payload = trainer.exchange.publish(noise_D, 1 / members, turn=turn, key=turn)
+        payload = trainer.exchange.publish(
+            noise_D, 1 / asked.members, turn=asked.turn, key=asked.turn
+        )
         self._pending = True
         time.sleep(max(0.0, self.seconds - (time.perf_counter() - began)))
         answer = pipe.Turned(

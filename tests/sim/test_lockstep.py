@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from shoal.gossip.events import StartTurn
 from shoal.node.simulate import (
     FakeWorker,
     Fault,
@@ -26,9 +27,9 @@ class Spying(FakeWorker):
 
     begun: dict[int, tuple[int, int]]
 
-    def turn(self, turn: int, members: float) -> Turned:
-        self.begun[turn] = self.value
-        return FakeWorker.turn(self, turn, members)
+    def turn(self, start: StartTurn) -> Turned:
+        self.begun[start.turn] = self.value
+        return FakeWorker.turn(self, start)
 
 
 def spying(simulator: Simulator, index: int) -> SimWorker:

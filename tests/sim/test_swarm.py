@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal.gossip.events import Pause
+from shoal.gossip.events import Pause, StartTurn
 from shoal.node.simulate import (
     FakeWorker,
     Fault,
@@ -174,9 +174,9 @@ def test_lockstep_trains_on_equal_models_and_is_reproducible() -> None:
         class Spying(FakeWorker):
             """Remember from which model each turn was trained."""
 
-            def turn(self, turn: int, members: float) -> Turned:
+            def turn(self, start: StartTurn) -> Turned:
                 seen.setdefault(id(self), []).append(self.value)
-                return FakeWorker.turn(self, turn, members)
+                return FakeWorker.turn(self, start)
 
         def spying(simulator: Simulator, index: int) -> SimWorker:
             return Spying(simulator.run_, random.Random(index), sizes=(20, 60))

@@ -9,14 +9,14 @@ import torch
 from shoal.compression import codec
 from shoal.compression.codec import Encoded
 from shoal.training.feedback import Feedback, FeedbackSettings
-from shoal.training.rules import RuleError, Rules
+from shoal.training.rules import Fragment, RuleError, Rules
 
 SIZE = 2000
 BITS = 24
+DENSE = codec.make("dense", {"bits": 8})
 RULES = Rules(
     kind="dense",
-    codec=codec.make("dense", {"bits": 8}),
-    size=SIZE,
+    fragments=(Fragment(0, SIZE, DENSE),),
     turns=10,
     clip=Fraction(1, 4),
     initial_squares=10**18,
@@ -28,13 +28,13 @@ def delta(seed: int, scale: float = 1e-3) -> torch.Tensor:
 
 
 def payload(scale: float = 1e4) -> bytes:
-    return RULES.codec.encode(delta(0, scale)).payload
+    return DENSE.encode(delta(0, scale)).payload
 
 
 def test_a_lawful_update_counts() -> None:
     data = payload()
     decoded = RULES.judge(10, "dense", len(data), data)
-    assert torch.equal(decoded.dense(), RULES.codec.decode(data, SIZE).dense())
+    assert torch.equal(decoded.dense(), DENSE.decode(data, SIZE).dense())
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_run_without_end_takes_any_turn() -> None:
 
 def test_the_clip_is_exact() -> None:
     data = payload()
-    squares = codec.sum_of_squares(RULES.codec.decode(data, SIZE).values)
+    squares = codec.sum_of_squares(DENSE.decode(data, SIZE).values)
     exactly = replace(RULES, clip=Fraction(1, 3), initial_squares=3 * squares)
     exactly.judge(1, "dense", len(data), data)
     with pytest.raises(RuleError, match="clip"):
@@ -70,7 +70,7 @@ def test_the_clip_is_exact() -> None:
 
 
 def test_the_largest_payload_is_the_codecs_bound() -> None:
-    assert RULES.most_bytes() == {"dense": RULES.codec.bound(SIZE)}
+    assert RULES.most_bytes() == {"dense": DENSE.bound(SIZE)}
 
 
 def feedback(settings: FeedbackSettings, rules: Rules = RULES) -> Feedback:
@@ -84,7 +84,7 @@ def sent(encoded: Encoded) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_what_is_sent_and_what_is_kept_is_what_was_learnt(kind: str) -> None:
     """Σ sent / w + residual = Σ η·Δ when nothing decays."""
-    rules = replace(RULES, kind=kind, codec=codec.make(kind, {}))
+    rules = replace(RULES, kind=kind, fragments=(Fragment(0, SIZE, codec.make(kind, {})),))
     author = feedback(FeedbackSettings(outer_lr=0.5, decay=1.0), rules)
     total = torch.zeros(SIZE, dtype=torch.float64)
     for turn in range(20):

@@ -1,6 +1,6 @@
 """Exchange by ledger: the shared model is the exact sum of everybody's updates (design 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,23 +30,44 @@ class LedgerExchange:
         self.owner: tuple[int, int] | None = None
         """Log and number of the update that residual and momentum belong to."""
         self._quantum_bits = quantum_bits
+        self.drift: Tensor | None = None
+        """What was learnt here and is in no update yet: of fragments whose turn it was not, and of
+        turns for which this peer was not drawn. Local steps go on from shared model + drift."""
+        self._pending_drift: Tensor | None = None
 
     def model(self) -> Tensor:
         """Return q · integers."""
         return self.ledger.floats(self._quantum_bits)
 
-    def publish(self, delta_D: Tensor, weight: float, *, key: int) -> bytes:
+    def start(self) -> Tensor:
+        """Return q · integers + drift."""
+        return self.model() if self.drift is None else self.model().add_(self.drift)
+
+    def publish(self, delta_D: Tensor, weight: float, *, turn: int, key: int) -> bytes:
         """Return the payload of the residual after this turn; the ledger does not change."""
-        return self.feedback.publish(delta_D, weight, key=key).payload
+        if self.drift is not None:
+            delta_D = self.drift + delta_D
+        encoded = self.feedback.publish(delta_D, weight, turn=turn, key=key)
+        self._pending_drift = None
+        if len(self.rules.fragments) > 1:
+            self._pending_drift = delta_D.clone()
+            self._pending_drift[self.rules.fragment(turn).range] = 0
+        return encoded.payload
+
+    def carry(self, delta_D: Tensor) -> None:
+        """Add to the drift; it lives on from turn to turn until its fragment is published."""
+        self.drift = delta_D if self.drift is None else self.drift + delta_D
 
     def commit(self, log: int, number: int) -> None:
-        """Let residual and momentum belong to this update."""
+        """Let residual, momentum and drift belong to this update."""
         self.feedback.commit()
+        self.drift, self._pending_drift = self._pending_drift, None
         self.owner = (log, number)
 
     def discard(self) -> None:
-        """Let residual and momentum be as before the turn."""
+        """Let residual, momentum and drift be as before the turn."""
         self.feedback.discard()
+        self._pending_drift = None
 
     def apply(self, updates: Sequence[Arrived]) -> list[Outcome]:
         """Add updates, one after the other."""
@@ -72,14 +93,23 @@ class LedgerExchange:
         """Set the integers."""
         self.ledger.restore(data)
 
-    def take_back(
-        self, owner: tuple[int, int] | None, residual: Tensor | None, momentum: Tensor | None
-    ) -> None:
+    def memory(self) -> dict[str, Tensor]:
+        """Return the author's memory by name, for a checkpoint."""
+        named = {
+            "residual": self.feedback.residual,
+            "momentum": self.feedback.momentum,
+            "drift": self.drift,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def take_back(self, owner: tuple[int, int] | None, memory: Mapping[str, Tensor]) -> None:
         """Set the author's memory as a checkpoint held it."""
         device = self.ledger.model.device
+        held = {name: value.to(device) for name, value in memory.items()}
         self.feedback.reset()
-        self.feedback.residual = None if residual is None else residual.to(device)
-        self.feedback.momentum = None if momentum is None else momentum.to(device)
+        self.feedback.residual = held.get("residual")
+        self.feedback.momentum = held.get("momentum")
+        self.drift, self._pending_drift = held.get("drift"), None
         self.owner = owner
 
     def _one(self, update: Arrived, sign: int) -> Outcome:
