@@ -34,6 +34,17 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """Add --preset, by which a published recipe takes the place of a run file's exchange."""
+    from shoal.training import presets
+
+    parser.add_argument(
+        "--preset",
+        choices=presets.LEDGER,
+        help="exchange updates as this system does, instead of as the run file says",
+    )
+
+
 def add_peer(parser: argparse.ArgumentParser) -> None:
     """Add what `start` and `join` both take: everything that is this machine's own affair."""
     parser.add_argument(

@@ -23,6 +23,7 @@ from shoal.node import client, config
 from shoal.node.client import UnreachableError
 from shoal.node.errors import ConfigError
 from shoal.node.status import Sockets, State, Status
+from shoal.training import presets
 
 PEERS = 64
 """Most daemons on one machine."""
@@ -53,11 +54,18 @@ def read_run(name: str) -> dict[str, Any]:
 
 
 def adapt(
-    run: dict[str, Any], *, peers: int, turns: int | None = None, secret: bool = False
+    run: dict[str, Any],
+    *,
+    peers: int,
+    turns: int | None = None,
+    secret: bool = False,
+    preset: str | None = None,
 ) -> dict[str, Any]:
-    """Return the run file for a swarm of `peers`: the number expected, the turns asked for."""
+    """Return the run file for a swarm of `peers`: the number expected, what else was asked for."""
     changed = {name: dict(table) for name, table in run.items() if isinstance(table, dict)}
     changed |= {name: value for name, value in run.items() if name not in changed}
+    if preset is not None:
+        changed = presets.apply(changed, preset)
     changed.setdefault("swarm", {})["min_peers"] = peers
     if turns is not None:
         changed.setdefault("run", {})["turns"] = turns

@@ -26,6 +26,7 @@ def register(subparsers: flags.Subparsers) -> None:
         "run_file", metavar="RUN.toml", help="a run file, or a shipped one by name: text, digits"
     )
     parser.add_argument("--peers", type=flags.positive, default=8, metavar="N")
+    flags.add_preset(parser)
     parser.add_argument("--turns", type=flags.positive, metavar="T", help="turns of every peer")
     parser.add_argument("--seed", type=int, default=0, help="of network and timing (default: 0)")
     parser.add_argument(
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from shoal.node.errors import ConfigError
     from shoal.node.swarm import adapt, read_run
 
-    tables = adapt(read_run(args.run_file), peers=args.peers, turns=args.turns)
+    given = read_run(args.run_file)
+    tables = adapt(given, peers=args.peers, turns=args.turns, preset=args.preset)
     if not tables["run"].get("turns"):
         raise ConfigError(f"{args.run_file} goes on for ever; say where to stop: --turns 10")
     simulator = _make(args, tables)

@@ -44,6 +44,7 @@ def register(subparsers: flags.Subparsers) -> None:
         help="what to train: a run file, or a shipped one by name: text (default), digits",
     )
     parser.add_argument("--peers", type=flags.positive, default=4, metavar="N")
+    flags.add_preset(parser)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--turns", type=flags.positive, metavar="T", help="turns of every peer")
     length.add_argument(
@@ -101,7 +102,9 @@ def make_plan(args: argparse.Namespace) -> "Plan":
             "`shoal simulate` takes thousands"
         )
     given = swarm.read_run(args.run_file)
-    adapted = swarm.adapt(given, peers=args.peers, turns=args.turns, secret=args.secret)
+    adapted = swarm.adapt(
+        given, peers=args.peers, turns=args.turns, secret=args.secret, preset=args.preset
+    )
     directory = swarm.new_directory(args.dir, run_name(given))
     return swarm.Plan(
         run=adapted,
