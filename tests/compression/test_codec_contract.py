@@ -8,20 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.codecs import VARIANTS
 
 from shoal.compression import codec
 from shoal.compression.codec import Decoded, PayloadError
 from shoal.compression.settings import SettingError
 
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in codec.names()),
-    ("dense", {"levels": 2}),
-    ("dense", {"bits": 4}),
-    ("dense", {"bits": 8}),
-    ("sparse", {"bits": 3}),
-    ("sparse", {"bits": 8, "density": 0.1}),
-    ("sparse", {"density": 0.5, "chunk": 64}),
-]
 every = pytest.mark.parametrize(
     ("name", "options"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(v)
 )

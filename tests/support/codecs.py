@@ -1,0 +1,15 @@
+"""The settings under which every codec is tried: by the contract tests, and by the fuzzer."""
+
+from typing import Any
+
+from shoal.compression import codec
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in codec.names()),
+    ("dense", {"levels": 2}),
+    ("dense", {"bits": 4}),
+    ("dense", {"bits": 8}),
+    ("sparse", {"bits": 3}),
+    ("sparse", {"bits": 8, "density": 0.1}),
+    ("sparse", {"density": 0.5, "chunk": 64}),
+]
