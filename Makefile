@@ -10,8 +10,9 @@ BIN := .venv/bin
 READY := .venv/ready
 PROTOS := $(patsubst proto/%,shoal/proto/%,$(wildcard proto/v1/*.proto))
 ARGS ?=
+SECONDS ?= 10
 
-.PHONY: help swarm test test-slow check proto bench libp2p clean
+.PHONY: help swarm test test-slow check proto bench fuzz libp2p clean
 
 help:
 	@echo "make swarm      four daemons on this machine train a model on real text"
@@ -20,6 +21,7 @@ help:
 	@echo "make check      format, lint, types, layers, wire schema"
 	@echo "make proto      generate proto/v1 anew"
 	@echo "make bench      the benchmarks; one: make bench ARGS=overhead"
+	@echo "make fuzz       feed every decoder garbage, SECONDS=10 each"
 	@echo "make libp2p     try again to install what finds peers on the local network"
 
 swarm: $(READY)
@@ -45,6 +47,15 @@ proto: $(READY)
 
 bench: $(READY)
 	$(BIN)/shoal bench $(ARGS)
+
+fuzz: $(READY)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
+	@for name in $(or $(ARGS),$$($(BIN)/python tests/fuzz/decoders.py --names)); do \
+		echo "fuzzing $$name"; $(BIN)/python tests/fuzz/decoders.py $$name \
+			-max_total_time=$(SECONDS) -verbosity=0 -print_final_stats=1 2>&1 \
+			| tee .venv/fuzz.log | grep -E 'exec_per_sec|number_of_executed|Error|Exception|BINGO|artifact' ; \
+		if grep -q 'Test unit written' .venv/fuzz.log; then cat .venv/fuzz.log; exit 1; fi; \
+	done
 
 libp2p: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e '.[libp2p]'

@@ -1,0 +1,135 @@
+"""Coverage-guided fuzzing of what decodes a stranger's bytes, with atheris.
+
+    python tests/fuzz/decoders.py CODEC [-max_total_time=60 …]      fuzz one codec's decoder
+    python tests/fuzz/decoders.py wire [-max_total_time=60 …]       fuzz the parser of messages
+    python tests/fuzz/decoders.py --names                           what there is to fuzz
+    python tests/fuzz/decoders.py --corpus                          make the first inputs anew
+
+`make fuzz SECONDS=60` gives each so long. The first byte of an input chooses the codec's settings,
+the second the size of the vector; the rest is the payload. `corpus/NAME/` holds valid payloads to
+start from; what is found on the way stays in `.found/NAME/`, crashes among it.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+HERE = Path(__file__).parent
+SIZES = (1, 7, 64, 255, 256, 257, 1000, 4095, 4096, 5000)
+WIRE = "wire"
+
+
+def names() -> list[str]:
+    """Return everything that can be fuzzed."""
+    from shoal.compression import codec
+
+    return [*codec.names(), WIRE]
+
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """Return the settings under which a codec is fuzzed."""
+    from support.codecs import VARIANTS
+
+    return [options for kind, options in VARIANTS if kind == name]
+
+
+def check(part: Any, payload: bytes, size: int) -> None:
+    """Decode: either PayloadError and nothing else, or a vector that keeps every promise."""
+    from shoal.compression.codec import PayloadError
+
+    try:
+        decoded = part.decode(payload, size)
+    except PayloadError:
+        return
+    assert len(payload) <= part.bound(size)
+    assert decoded.size == size
+    values = decoded.values
+    if decoded.indices is None:
+        assert len(values) == size
+    else:
+        assert len(values) == len(decoded.indices) <= size
+        if len(values):
+            assert int(decoded.indices[0]) >= 0
+            assert int(decoded.indices[-1]) < size
+            assert bool((decoded.indices.diff() > 0).all())
+    if not part.inexact:
+        assert str(values.dtype) == "torch.int32"
+    assert part.pack(part.unpack(payload, size), size) == payload, "two forms of one content"
+
+
+def codec_target(name: str) -> Any:
+    """Return the function that takes an input."""
+    from shoal.compression import codec
+
+    parts = [codec.make(name, options) for options in variants(name)]
+
+    def target(data: bytes) -> None:
+        if len(data) >= 2:
+            check(parts[data[0] % len(parts)], data[2:], SIZES[data[1] % len(SIZES)])
+
+    return target
+
+
+def wire_target() -> Any:
+    """Return the function that parses an input as a message of another peer."""
+    from shoal.gossip.limits import Limits
+    from shoal.gossip.names import RunId
+    from shoal.node.wire import Wire, WireError
+
+    parser = Wire(RunId(bytes(32)), lambda peer, proof: True, Limits())
+
+    def target(data: bytes) -> None:
+        for parse in (parser.frame, parser.record):
+            try:
+                parse(data)
+            except WireError:
+                continue
+
+    return target
+
+
+def corpus() -> None:
+    """Write valid payloads of every codec under every setting."""
+    import torch
+
+    from shoal.compression import codec
+
+    for name in codec.names():
+        folder = HERE / "corpus" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, options in enumerate(variants(name)):
+            part = codec.make(name, options)
+            for j, size in ((2, 64), (5, 257), (6, 1000)):
+                generator = torch.Generator().manual_seed(j)
+                x = torch.randn(size, generator=generator) * 20_000
+                payload = part.encode(x, key=j).payload
+                (folder / f"valid-{i}-{size}").write_bytes(bytes([i, j]) + payload)
+
+
+def main(argv: list[str]) -> None:
+    """Fuzz one of them until the time is up or something breaks."""
+    if argv[1:] == ["--names"]:
+        print("\n".join(names()))
+        return
+    if argv[1:] == ["--corpus"]:
+        corpus()
+        return
+    import atheris
+    import torch
+
+    torch.set_num_threads(1)
+    name = argv[1]
+    with atheris.instrument_imports(include=["shoal.compression", "shoal.node.wire"]):
+        target = wire_target() if name == WIRE else codec_target(name)
+    found, known = HERE / ".found" / name, HERE / "corpus" / name
+    found.mkdir(parents=True, exist_ok=True)
+    flags = [*argv[2:], "-max_len=4096", "-timeout=20", f"-artifact_prefix={found}/"]
+    folders = [str(found), *([str(known)] if known.exists() else [])]
+    atheris.Setup([argv[0], *flags, *folders], target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(sys.argv)
