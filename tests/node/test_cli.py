@@ -106,7 +106,19 @@ def test_every_command_of_the_folder_is_in_the_help(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     "command",
-    ["swarm", "start", "join", "status", "pause", "resume", "leave", "export", "simulate", "bench"],
+    [
+        "swarm",
+        "start",
+        "join",
+        "status",
+        "pause",
+        "resume",
+        "leave",
+        "export",
+        "simulate",
+        "bench",
+        "compare",
+    ],
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
