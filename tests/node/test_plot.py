@@ -47,6 +47,7 @@ def test_logarithmic_axes_make_a_power_law_straight() -> None:
     inside = [re.split("[│┤]", row)[1] for row in rows[3:19]]
     columns = [row.index("a") for row in inside if "a" in row]
     steps = [b - a for a, b in itertools.pairwise(columns)]
+    steps = steps[1:-1]  # the first and the last are cut off by the frame
     assert max(steps) - min(steps) <= 1
 
 
