@@ -77,7 +77,10 @@ def _reason(data: bytes, otherwise: str) -> str:
 
 
 def find(directory: Path | None) -> Path:
-    """Return the run's directory: the one named, this one, or the only one below this one."""
+    """Return the run's directory: the one named, this one, or the only one below this one.
+
+    Of several below, the only one whose daemon runs.
+    """
     if directory is not None:
         if _holds_a_run(directory):
             return directory
@@ -89,11 +92,15 @@ def find(directory: Path | None) -> Path:
         below = _runs_below(here)
     if len(below) == 1:
         return below[0]
+    running = [path for path in below if connect_if_running(path) is not None]
+    if len(running) == 1:
+        return running[0]
     where = directory or "this directory"
     if not below:
         raise ConfigError(f"no run in {where}; name the directory that `shoal start` made")
-    names = ", ".join(str(path) for path in below[:6])
-    raise ConfigError(f"{len(below)} runs in {where}; name one of them: {names}")
+    names = ", ".join(str(path) for path in (running or below)[:6])
+    how_many = f"{len(running)} running" if running else f"{len(below)}"
+    raise ConfigError(f"{how_many} runs in {where}; name one of them: {names}")
 
 
 def _runs_below(directory: Path) -> list[Path]:

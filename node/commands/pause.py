@@ -16,5 +16,5 @@ def run(args: argparse.Namespace) -> int:
     from shoal.node import client
 
     client.connect(client.find(args.dir)).post("pause")
-    print("paused")
+    print("paused: a turn under way still ends; the daemon goes on serving")
     return 0

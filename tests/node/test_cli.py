@@ -176,6 +176,19 @@ def test_two_runs_are_named_and_neither_is_guessed(
         client.find(None)
 
 
+def test_of_two_runs_the_one_whose_daemon_answers_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_at(tmp_path / "one")
+    run_at(tmp_path / "two")
+    answering = {"two"}
+    monkeypatch.setattr(client, "connect_if_running", lambda p: p if p.name in answering else None)
+    assert client.find(tmp_path).name == "two"
+    answering.add("one")
+    with pytest.raises(ConfigError, match=r"2 running runs .* name one of them"):
+        client.find(tmp_path)
+
+
 def test_no_run_names_what_makes_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="shoal start"):
         client.find(tmp_path)
