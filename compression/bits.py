@@ -1,4 +1,4 @@
-"""Fixed-width integers packed LSB-first: bit j of the stream is bit j mod 8 of byte ⌊j/8⌋.
+"""Integers as bytes: fixed widths LSB-first (bit j is bit j mod 8 of byte ⌊j/8⌋), digits by base.
 
 Streams are uint8 tensors on the device of what they hold, so that on CUDA nothing but the finished
 payload crosses to the host. Every stream ends at a byte; the padding is zero, and a reader refuses
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from shoal.compression.codec import PayloadError
+
+SLAB = 1 << 20
+"""Loops in torch take so many elements at a time, so that no temporary is as large as the model."""
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -50,9 +53,14 @@ def pack(values_N: Tensor, width: int) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8, device=values_N.device)
     if width == 8:
         return values_N.to(torch.uint8)
+    if width == 1:
+        return pack_bits(values_N)
     shifts = torch.arange(width, dtype=torch.int64, device=values_N.device)
-    planes = (values_N.to(torch.int64)[:, None] >> shifts) & 1
-    return pack_bits(planes.reshape(-1))
+    parts = []
+    for start in range(0, len(values_N), SLAB):  # a slab of 8 n elements ends at a byte
+        slab = values_N[start : start + SLAB].to(torch.int64)
+        parts.append(pack_bits(((slab[:, None] >> shifts) & 1).reshape(-1)))
+    return torch.cat(parts) if parts else values_N.to(torch.uint8)
 
 
 def unpack(data: Tensor, count: int, width: int) -> Tensor:
@@ -63,13 +71,75 @@ def unpack(data: Tensor, count: int, width: int) -> Tensor:
         )
     if width == 8:
         return data.to(torch.int64)
-    planes = unpack_bits(data, count * width).reshape(count, width).to(torch.int64)
-    return (planes << torch.arange(width, device=data.device)).sum(1)
+    values_N = torch.zeros(count, dtype=torch.int64, device=data.device)
+    shifts = torch.arange(width, device=data.device)
+    for start in range(0, count, SLAB):
+        slab = values_N[start : start + SLAB]
+        piece = data[start * width // 8 :][: packed_bytes(len(slab), width)]
+        planes = unpack_bits(piece, len(slab) * width).reshape(-1, width)
+        slab[:] = (planes.to(torch.int64) << shifts).sum(1)
+    return values_N
+
+
+def per_byte(base: int) -> int:
+    """Return how many digits of this base (2 to 256) go into a byte: 8, 5, 4, 3, 3, 2 …, 1."""
+    digits = 1
+    while base ** (digits + 1) <= 256:
+        digits += 1
+    return digits
+
+
+def digit_bytes(count: int, base: int) -> int:
+    """Return how many bytes `count` digits take."""
+    return -(-count // per_byte(base))
+
+
+def pack_digits(digits_N: Tensor, base: int) -> Tensor:
+    """Return digits below `base` (uint8), as many to a byte as go, the first weighing least.
+
+    No digit is split between bytes, so that the bytes can be entropy-coded (`entropy.squeeze`).
+    The last byte is filled up with zero digits.
+    """
+    each = per_byte(base)
+    if each == 1:
+        return digits_N.to(torch.uint8)
+    if base == 2:
+        return pack_bits(digits_N)
+    padded = torch.nn.functional.pad(digits_N.to(torch.uint8), (0, -len(digits_N) % each))
+    columns = padded.reshape(-1, each)
+    packed = columns[:, each - 1].clone()
+    for j in reversed(range(each - 1)):
+        packed = packed * base + columns[:, j]
+    return packed
+
+
+def unpack_digits(data: Tensor, count: int, base: int) -> Tensor:
+    """Return `count` digits (uint8); inverse of `pack_digits`, refuses every other form."""
+    each = per_byte(base)
+    if len(data) != digit_bytes(count, base):
+        raise PayloadError(f"{len(data)} bytes where {count} digits of base {base} were expected")
+    if base == 2:
+        return unpack_bits(data, count)
+    if base**each < 256 and len(data) and int(data.max()) >= base**each:
+        raise PayloadError("a byte is larger than its digits can make it")
+    if each == 1:
+        return data
+    digits = torch.empty((len(data), each), dtype=torch.uint8, device=data.device)
+    left = data
+    for j in range(each):
+        digits[:, j] = left % base
+        left = left // base
+    digits_N = digits.reshape(-1)
+    if bool(digits_N[count:].any()):
+        raise PayloadError("padding is not zero")
+    return digits_N[:count]
 
 
 def join(parts: Sequence[bytes | Tensor]) -> bytes:
     """Return one payload of bytes and uint8 tensors; the only transfer from the device."""
     device = next((p.device for p in parts if isinstance(p, Tensor)), torch.device("cpu"))
+    if device.type == "cpu":
+        return b"".join(p.numpy().data if isinstance(p, Tensor) else p for p in parts)
     tensors = [
         p if isinstance(p, Tensor) else torch.frombuffer(bytearray(p), dtype=torch.uint8).to(device)
         for p in parts

@@ -1,40 +1,41 @@
-"""Every element, as one of 2 or 3 levels or a 4- or 8-bit mantissa, times an integer scale a block.
+"""Every element, as one of 2, 3 or 4 levels or a 4- or 8-bit mantissa, times an integer scale.
 
-Payload: one byte for the form (0 packed, 1 Huffman), one byte of scale for each block of 256, then
-the symbols. Packed: 1 bit (2 levels), 5 to a byte in base 3 (3 levels), 4 or 8 bits. Huffman is
-used exactly when it is shorter. A block's scale is an integer in units of q, written as a minifloat
-with three bits of mantissa: c below 8 means c, else (8 + c mod 8) · 2^(⌊c/8⌋ - 1). Three levels
-take ≈ 1.58 bits an element on Gaussian input (entropy of the symbols 1.54, scale 0.03).
+Payload: the scales, then the symbols, both squeezed (`entropy.squeeze`). There is one scale for
+each `block` elements, an integer in units of q in one byte (`scales.py`); with `block = 0` there is
+one for the whole vector, in 4 bytes. Symbols are packed into bytes, the first weighing least:
+
+    levels = 2   8 to a byte: 0 is -s, 1 is +s; s = mean |x| of the block (Bernstein et al.,
+                 "signSGD", 2018; with one scale per tensor, as in 1-bit Adam, block = 0)
+    levels = 3   5 to a byte in base 3: 0 is -s, 1 is 0, 2 is +s; s = 1.5 · mean |x|
+    bits = 2     4 to a byte: j is (2j - 3)·u; u = 5/8 · mean |x|, near the best for a Gaussian
+    bits = 4     2 to a byte: mantissa + 7, and
+    bits = 8     1 to a byte: mantissa + 127; the scale is the smallest that fits the largest |x|
+
+Three levels take ≈ 1.56 bits an element on Gaussian input (entropy of a symbol 1.54).
 """
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.compression import old_bits as bits
-from shoal.compression import old_entropy as entropy
-from shoal.compression.codec import (
-    INT32_MAX,
-    Decoded,
-    Encoded,
-    PayloadError,
-    codec,
-    to_integers,
-)
+from shoal.compression import bits, entropy, scales
+from shoal.compression.codec import INT32_MAX, Decoded, Encoded, PayloadError, codec
 
-PACKED, HUFFMAN = 0, 1
-BLOCK = 256
+MOST_BLOCK = 1 << 20
+_SLAB = 5 * bits.SLAB // 4
+"""Elements at a time in torch: whole bytes of symbols, whatever their base."""
 
-_SCALES = np.array(
-    [c if c < 8 else (8 + c % 8) << (c // 8 - 1) for c in range(256)], dtype=np.float64
-)
-SCALES = torch.from_numpy(_SCALES[_SCALES <= INT32_MAX].astype(np.int64))
-"""What each scale byte stands for; bytes beyond the table are refused."""
-_TRITS = np.array([[c // 3**i % 3 for i in range(5)] for c in range(243)], dtype=np.uint8)
+
+class Content(NamedTuple):
+    """What a payload says."""
+
+    scale_B: Tensor
+    """int64 scale of each block, in units of q."""
+    packed: Tensor
+    """uint8: the symbols of all elements, packed."""
 
 
 @codec("dense")
@@ -42,167 +43,215 @@ _TRITS = np.array([[c // 3**i % 3 for i in range(5)] for c in range(243)], dtype
 class Dense:
     """Send every element coarsely; what rounding drops stays in the author's residual."""
 
-    inexact: ClassVar[str] = ""
-
     levels: int = 3
     """2: {-s, s} with s = mean |x| of the block; 3: {-s, 0, s} with s = 1.5 · mean |x|."""
     bits: int = 0
-    """4 or 8: signed mantissas of so many bits instead of levels; 0: levels."""
+    """2: four levels; 4 or 8: signed mantissas of so many bits; 0: as `levels` says."""
+    block: int = 256
+    """Elements that share a scale, a multiple of 8; 0: all. Small ones cost bytes and follow x."""
+    entropy: str = "auto"
+    """How symbols are coded: auto, none or huffman; range, zstd or any only without a ledger."""
 
     def __post_init__(self) -> None:
         """Refuse what has no layout."""
-        if self.bits not in (0, 4, 8):
-            raise ValueError(f"bits = {self.bits}; use 4, 8, or 0 for levels")
+        if self.bits not in (0, 2, 4, 8):
+            raise ValueError(f"bits = {self.bits}; use 2, 4, 8, or 0 for levels")
         if self.levels not in (2, 3):
-            raise ValueError(f"levels = {self.levels}; use 2 or 3, or set bits to 4 or 8")
+            raise ValueError(f"levels = {self.levels}; use 2 or 3, or set bits to 2, 4 or 8")
+        if self.block and (not 16 <= self.block <= MOST_BLOCK or self.block % 8):
+            raise ValueError(
+                f"block = {self.block}; use a multiple of 8 from 16 to {MOST_BLOCK}, or 0 for all"
+            )
+        entropy.check(self.entropy)
+
+    @property
+    def inexact(self) -> str:
+        """Say why a library's streams are not for the ledger."""
+        return entropy.library(self.entropy)
+
+    def encode(self, x_D: Tensor, *, key: int = 0) -> Encoded:
+        """Round each element to the nearest that its block's scale allows."""
+        scale_B = self._scales(x_D)
+        packed = torch.empty(
+            bits.digit_bytes(len(x_D), self._base), dtype=torch.uint8, device=x_D.device
+        )
+        values_D = torch.empty(len(x_D), dtype=torch.int32, device=x_D.device)
+        each = bits.per_byte(self._base)
+        for start in range(0, len(x_D), _SLAB):
+            slab_D = x_D[start : start + _SLAB]
+            scale_D = self._spread(scale_B, start, len(slab_D))
+            symbol_D = self._symbols(slab_D, scale_D)
+            digits = bits.pack_digits(symbol_D, self._base)
+            packed[start // each :][: len(digits)] = digits
+            values_D[start : start + _SLAB] = self._values(symbol_D, scale_D)
+        payload = self.pack(Content(scale_B, packed), len(x_D))
+        return Encoded(payload, Decoded(len(x_D), values_D))
+
+    def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
+        """Return mantissa · scale."""
+        return Decoded(size, self._expand(self._read(payload, size, device), size))
+
+    def bound(self, size: int) -> int:
+        """Return the size when nothing is gained by entropy coding."""
+        symbols = entropy.squeezed_bound(bits.digit_bytes(size, self._base), self.entropy)
+        if not self.block:
+            return 4 + symbols
+        return entropy.squeezed_bound(self._blocks(size), self.entropy) + symbols
+
+    def pack(self, content: Content, size: int) -> bytes:
+        """Return the payload of scales and symbols."""
+        if self.block:
+            parts = entropy.squeeze_parts(_codes(content.scale_B), self.entropy)
+        else:
+            parts = [bits.pack(content.scale_B, 32)]
+        return bits.join([*parts, *entropy.squeeze_parts(content.packed, self.entropy)])
+
+    def unpack(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Content:
+        """Return scales and symbols; inverse of `pack`, refuses everything else."""
+        content = self._read(payload, size, device)
+        self._expand(content, size)
+        return content
+
+    def _read(self, payload: bytes, size: int, device: torch.device | str) -> Content:
+        """Return what the streams hold, unchecked."""
+        reader = bits.Reader(payload, device)
+        if self.block:
+            scale_B = scales.of(entropy.expand(reader, self._blocks(size), self.entropy))
+        else:
+            scale_B = bits.unpack(reader.take(4), 1, 32)
+        packed = entropy.expand(reader, bits.digit_bytes(size, self._base), self.entropy)
+        reader.end()
+        if bool((scale_B > INT32_MAX).any()):
+            raise PayloadError("scale outside int32")
+        return Content(scale_B, packed)
+
+    def _expand(self, content: Content, size: int) -> Tensor:
+        """Return the values, or refuse what no encoder says."""
+        scale_B, packed = content
+        values_D = torch.empty(size, dtype=torch.int32, device=packed.device)
+        each = bits.per_byte(self._base)
+        for start in range(0, size, _SLAB):
+            count = min(_SLAB, size - start)
+            digits = packed[start // each :][: bits.digit_bytes(count, self._base)]
+            symbol_D = bits.unpack_digits(digits, count, self._base)
+            if self._alphabet < self._base and int(symbol_D.max()) >= self._alphabet:
+                raise PayloadError("symbol outside the alphabet")
+            scale_D = self._spread(scale_B, start, count)
+            if bool(((scale_D == 0) & (symbol_D != self._idle)).any()):
+                raise PayloadError("a block of scale zero has symbols")
+            value_D = self._mantissas(symbol_D) * scale_D
+            if int(value_D.max()) > INT32_MAX or int(value_D.min()) < -INT32_MAX:
+                raise PayloadError("value outside int32")
+            values_D[start : start + count] = value_D
+        return values_D
 
     @property
     def _top(self) -> int:
         """Return the largest mantissa."""
-        return 2 ** (self.bits - 1) - 1 if self.bits else 1
+        return {0: 1, 2: 3, 4: 7, 8: 127}[self.bits]
 
     @property
     def _alphabet(self) -> int:
-        """Return the number of symbols; symbol = mantissa + top (2 levels: 0 is -s, 1 is +s)."""
-        return 2 * self._top + 1 if self.bits or self.levels == 3 else 2
+        """Return the number of symbols."""
+        return {0: self.levels, 2: 4, 4: 15, 8: 255}[self.bits]
 
-    def encode(self, x_D: Tensor, *, key: int = 0) -> Encoded:
-        """Round each element to the nearest that its block's scale allows."""
-        size = len(x_D)
-        x_BK = _blocks(to_integers(x_D))
-        scale_B = self._scales(x_BK, size)
-        mantissa_BK = self._mantissas(x_BK, SCALES.to(x_D.device)[scale_B][:, None])
-        mantissa_D = mantissa_BK.reshape(-1)[:size]
-        symbols = (mantissa_D + 1) // 2 if self._alphabet == 2 else mantissa_D + self._top
-        payload = self.pack(
-            scale_B.to(torch.uint8).cpu().numpy(), symbols.to(torch.uint8).cpu().numpy()
-        )
-        return Encoded(payload, self._decoded(scale_B, mantissa_D))
+    @property
+    def _base(self) -> int:
+        """Return the base in which symbols are packed."""
+        return {0: self.levels, 2: 4, 4: 16, 8: 256}[self.bits]
 
-    def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
-        """Return mantissa · scale."""
-        scales, symbols = self.unpack(payload, size)
-        scale_B = torch.from_numpy(scales.astype(np.int64)).to(device)
-        mantissa_D = torch.from_numpy(symbols.copy()).to(device).to(torch.int64)
-        mantissa_D = 2 * mantissa_D - 1 if self._alphabet == 2 else mantissa_D - self._top
-        return self._decoded(scale_B, mantissa_D)
+    @property
+    def _idle(self) -> int:
+        """Return the one symbol of a block of scale zero: the smallest that is not negative."""
+        return self._alphabet // 2
 
-    def bound(self, size: int) -> int:
-        """Return the size of the packed form: Huffman is used only when shorter."""
-        return 1 + -(-size // BLOCK) + self._packed_bytes(size)
+    def _blocks(self, size: int) -> int:
+        return -(-size // self.block) if self.block else 1
 
-    def pack(self, scales: NDArray[np.uint8], symbols: NDArray[np.uint8]) -> bytes:
-        """Return the payload of scale bytes and symbols: the shorter form, packed if equal."""
-        counts = np.bincount(symbols, minlength=self._alphabet)
-        shorter = entropy.huffman_bytes(counts, entropy.huffman_lengths(counts))
-        if shorter < self._packed_bytes(len(symbols)):
-            return (
-                bytes([HUFFMAN])
-                + scales.tobytes()
-                + entropy.huffman_encode(symbols, self._alphabet)
-            )
-        return bytes([PACKED]) + scales.tobytes() + self._pack(symbols)
+    def _spread(self, scale_B: Tensor, start: int, count: int) -> Tensor:
+        """Return the scale of each of `count` elements, or the one of all."""
+        if not self.block:
+            return scale_B
+        index_D = torch.arange(start, start + count, device=scale_B.device)
+        return scale_B[index_D // self.block]
 
-    def unpack(self, payload: bytes, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Return scale bytes and symbols; inverse of `pack`, refuses everything else."""
-        reader = bits.Reader(payload)
-        form = reader.take(1)[0]
-        scales = np.frombuffer(reader.take(-(-size // BLOCK)), np.uint8)
-        if len(scales) and int(scales.max()) >= len(SCALES):
-            raise PayloadError("scale outside int32")
-        if form == HUFFMAN:
-            symbols = entropy.huffman_decode(reader.rest(), size, self._alphabet)
-            if len(payload) >= self.bound(size):
-                raise PayloadError("Huffman form where the packed form is as short")
-        elif form == PACKED:
-            symbols = self._unpack(reader.rest(), size)
-            counts = np.bincount(symbols, minlength=self._alphabet)
-            shorter = entropy.huffman_bytes(counts, entropy.huffman_lengths(counts))
-            if shorter < self._packed_bytes(size):
-                raise PayloadError("packed form where Huffman is shorter")
-        else:
-            raise PayloadError(f"unknown form {form}")
-        self._check(scales, symbols)
-        return scales, symbols
+    def _scales(self, x_D: Tensor) -> Tensor:
+        """Return each block's scale; refuse what is not finite."""
+        by_largest = self.bits >= 4
+        row = self.block or bits.SLAB
+        measured, step = [], max(bits.SLAB // row, 1) * row
+        for start in range(0, len(x_D), step):
+            slab_D = x_D[start : start + step].abs()
+            if not bool(torch.isfinite(slab_D).all()):
+                raise ValueError("cannot encode a vector with NaN or infinite elements")
+            rows_BK = torch.nn.functional.pad(slab_D, (0, -len(slab_D) % row)).reshape(-1, row)
+            measured.append(rows_BK.amax(1) if by_largest else _sums(rows_BK))
+        if not measured:
+            return torch.zeros(self._blocks(0), dtype=torch.int64, device=x_D.device)
+        measure_B = torch.cat(measured)
+        if not self.block:
+            whole = measure_B.max() if by_largest else measure_B.sum()
+            return torch.tensor([self._scale(whole.item(), len(x_D))], device=x_D.device)
+        if by_largest:
+            most = scales.largest(self._limit)
+            return scales.SCALES.to(x_D.device)[
+                torch.searchsorted(self._fits().to(x_D.device), measure_B).clamp(max=most)
+            ]
+        count_B = torch.full_like(measure_B, self.block)
+        count_B[-1] = len(x_D) - self.block * (len(measure_B) - 1)
+        numerator, denominator = self._factor
+        codes_B = scales.nearest(numerator * measure_B // (denominator * count_B), most=self._limit)
+        return scales.SCALES.to(x_D.device)[codes_B]
 
-    def _check(self, scales: NDArray[np.uint8], symbols: NDArray[np.uint8]) -> None:
-        """Refuse values outside int32, and other symbols than the first choice under scale 0."""
-        if not len(symbols):
-            return
-        edges = np.arange(0, len(symbols), BLOCK)
+    def _scale(self, measure: float, count: int) -> int:
+        """Return the one scale of a whole vector, from its largest |x| or its Σ ⌊2|x|⌋."""
+        if self.bits >= 4:
+            return 0 if measure <= 0.5 else min(math.ceil(measure / self._top), self._limit)
+        numerator, denominator = self._factor
+        twice = numerator * int(measure) // (denominator * count)
+        return min((twice + 1) // 2, self._limit)
+
+    def _fits(self) -> Tensor:
+        """Return the largest |x| that each scale can say; what rounds to zero needs none."""
+        fits = (scales.SCALES * self._top).to(torch.float32)  # exact: 11 bits
+        fits[0] = 0.5
+        return fits
+
+    @property
+    def _factor(self) -> tuple[int, int]:
+        """Return the scale over the mean |x|."""
+        return {0: (1, 1) if self.levels == 2 else (3, 2), 2: (5, 8)}[self.bits]
+
+    @property
+    def _limit(self) -> int:
+        """Return the largest scale that keeps values within int32."""
+        return INT32_MAX // self._top
+
+    def _symbols(self, x_D: Tensor, scale_D: Tensor) -> Tensor:
+        """Return the symbol nearest to each element."""
+        minus_D = (x_D < 0) & (scale_D > 0)
         if self._alphabet == 2:
-            largest = np.ones(len(edges), np.int64)
-            idle = np.minimum.reduceat(symbols, edges) == 1
-        else:
-            size = np.abs(symbols.astype(np.int16) - self._top)
-            largest = np.maximum.reduceat(size, edges).astype(np.int64)
-            idle = largest == 0
-        scale = SCALES.numpy()[scales]
-        if bool((scale * largest > INT32_MAX).any()):
-            raise PayloadError("value outside int32")
-        if bool((~idle & (scale == 0)).any()):
-            raise PayloadError("a block of scale zero has symbols")
+            return (~minus_D).to(torch.uint8)
+        # Single float32 operations, so that every device finds the same.
+        ratio_D = x_D * torch.where(scale_D > 0, scale_D.to(torch.float32).reciprocal(), 0.0)
+        if self._alphabet == 4:
+            far_D = (ratio_D.abs() >= 2).to(torch.uint8)
+            return torch.where(minus_D, 1 - far_D, 2 + far_D)
+        return (ratio_D.round().clamp(-self._top, self._top) + self._top).to(torch.uint8)
 
-    def _decoded(self, scale_B: Tensor, mantissa_D: Tensor) -> Decoded:
-        scale_D = SCALES.to(mantissa_D.device)[scale_B].repeat_interleave(BLOCK)[: len(mantissa_D)]
-        return Decoded(len(mantissa_D), (scale_D * mantissa_D).to(torch.int32))
+    def _mantissas(self, symbol_D: Tensor) -> Tensor:
+        wide_D = symbol_D.to(torch.int64)
+        return 2 * wide_D - self._top if self._alphabet in (2, 4) else wide_D - self._top
 
-    def _scales(self, x_BK: Tensor, size: int) -> Tensor:
-        """Return each block's scale byte."""
-        magnitude_BK = x_BK.abs()
-        table = SCALES.to(x_BK.device)
-        if self.bits:  # the smallest scale under which the largest element fits
-            wanted_B = -(-magnitude_BK.amax(1) // self._top)
-            limit = int(torch.searchsorted(SCALES, INT32_MAX // self._top, right=True)) - 1
-            return torch.searchsorted(table, wanted_B).clamp(max=limit)
-        # s = factor · Σ|x| / n, rounded to the nearest scale, ties down; all in integers.
-        count_B = torch.full((len(x_BK),), BLOCK, dtype=torch.int64, device=x_BK.device)
-        if size % BLOCK:
-            count_B[-1] = size % BLOCK
-        numerator = 3 if self.levels == 3 else 2
-        twice_B = numerator * magnitude_BK.sum(1) // count_B
-        return torch.searchsorted(table[:-1] + table[1:], twice_B)
-
-    def _mantissas(self, x_BK: Tensor, scale_B1: Tensor) -> Tensor:
-        """Return the nearest mantissa; ties go to the smaller magnitude."""
-        if self._alphabet == 2:
-            return torch.where((x_BK < 0) & (scale_B1 > 0), -1, 1)
-        magnitude_BK = (2 * x_BK.abs() + scale_B1 - 1) // (2 * scale_B1).clamp(min=1)
-        magnitude_BK = torch.where(scale_B1 > 0, magnitude_BK, 0).clamp(max=self._top)
-        return magnitude_BK * x_BK.sign()
-
-    def _packed_bytes(self, size: int) -> int:
-        if self._alphabet == 3:
-            return -(-size // 5)
-        return bits.packed_bytes(size, self.bits or 1)
-
-    def _pack(self, symbols: NDArray[np.uint8]) -> bytes:
-        if self._alphabet != 3:
-            return bits.pack(symbols, self.bits or 1)
-        padded = np.zeros(-(-len(symbols) // 5) * 5, np.uint8)
-        padded[: len(symbols)] = symbols
-        powers = np.array([1, 3, 9, 27, 81], np.uint8)
-        codes: NDArray[np.uint8] = (padded.reshape(-1, 5) * powers).sum(1, dtype=np.uint8)
-        return codes.tobytes()
-
-    def _unpack(self, data: bytes, size: int) -> NDArray[np.uint8]:
-        if self._alphabet != 3:
-            symbols = bits.unpack(data, size, self.bits or 1).astype(np.uint8)
-            if size and int(symbols.max()) >= self._alphabet:
-                raise PayloadError("symbol outside the alphabet")
-            return symbols
-        if len(data) != self._packed_bytes(size):
-            raise PayloadError(f"{len(data)} bytes where {self._packed_bytes(size)} were expected")
-        codes = np.frombuffer(data, np.uint8)
-        if size and int(codes.max()) >= len(_TRITS):
-            raise PayloadError("symbol outside the alphabet")
-        trits = _TRITS[codes].reshape(-1)
-        if trits[size:].any():
-            raise PayloadError("padding is not zero")
-        return trits[:size]
+    def _values(self, symbol_D: Tensor, scale_D: Tensor) -> Tensor:
+        return (self._mantissas(symbol_D) * scale_D).to(torch.int32)
 
 
-def _blocks(x_D: Tensor) -> Tensor:
-    """Return the vector in rows of one block, padded with zeros."""
-    short = -len(x_D) % BLOCK
-    return torch.nn.functional.pad(x_D, (0, short)).reshape(-1, BLOCK)
+def _sums(magnitude_BK: Tensor) -> Tensor:
+    """Return Σ ⌊2|x|⌋ of each row: of integers, so that no order of adding changes it."""
+    return (2 * magnitude_BK).clamp(max=2.0**32).to(torch.int64).sum(1)
+
+
+def _codes(scale_B: Tensor) -> Tensor:
+    """Return the byte of each scale."""
+    return torch.searchsorted(scales.SCALES.to(scale_B.device), scale_B).to(torch.uint8)

@@ -2,31 +2,23 @@
 
 Per chunk of 4096 (the last may be shorter) the k = ⌊chunk · density⌋ elements of largest |x|; among
 equals the smaller index wins. Payload: a zero byte (version), one byte of mantissa per chunk, one
-of exponent per chunk, then per kept element a sign bit (1 is minus), bits - 1 bits of level, and
-the Rice code of its gap to the one before it in the chunk (design 3.2: SparseLoCo, ComPEFT). A
-chunk's unit is u = mantissa · 2^exponent in units of q, mantissa at least 128 unless the exponent
-is 0; an element of level j stands for ±(2j + 1)·u. With one bit u is the mean magnitude. At 1/64
-density and one bit this takes ≈ 0.137 bits an element on Gaussian input (entropy bound 0.1307).
+of exponent per chunk (both squeezed, see entropy.py), then per kept element a sign bit (1 is
+minus), its level of bits - 1 bits, and the Rice code of its gap to the one before it in the chunk
+(design 3.2: SparseLoCo, ComPEFT). Levels are packed as they are with `entropy = "none"`, else as
+many to a byte as go without splitting one, and squeezed. A chunk's unit is u = mantissa ·
+2^exponent in units of q, mantissa at least 128 unless the exponent is 0; an element of level j
+stands for ±(2j + 1)·u. With one bit u is the mean magnitude. At 1/64 density and one bit this takes
+≈ 0.135 bits an element on Gaussian input (entropy bound 0.1307).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.compression import old_bits as bits
-from shoal.compression import old_entropy as entropy
-from shoal.compression.codec import (
-    INT32_MAX,
-    Decoded,
-    Encoded,
-    PayloadError,
-    codec,
-    to_integers,
-)
+from shoal.compression import bits, entropy
+from shoal.compression.codec import INT32_MAX, Decoded, Encoded, PayloadError, codec
 
 VERSION = 0
 TOP_EXPONENT = 23
@@ -36,12 +28,16 @@ TOP_EXPONENT = 23
 class Kept(NamedTuple):
     """What a payload says: per chunk a unit, per kept element its index, sign and level."""
 
-    mantissa: NDArray[np.uint8]
-    exponent: NDArray[np.uint8]
-    place: NDArray[np.int64]
-    """Index in the whole vector."""
-    minus: NDArray[np.uint8]
-    level: NDArray[np.int64]
+    mantissa_C: Tensor
+    """uint8."""
+    exponent_C: Tensor
+    """uint8."""
+    index_K: Tensor
+    """int64, in the whole vector."""
+    minus_K: Tensor
+    """uint8: 0 or 1."""
+    level_K: Tensor
+    """uint8."""
 
 
 @codec("sparse")
@@ -49,14 +45,14 @@ class Kept(NamedTuple):
 class Sparse:
     """Send the elements that matter most; the others wait in the author's residual."""
 
-    inexact: ClassVar[str] = ""
-
     density: float = 1 / 64
     """Fraction of the elements of a chunk that are kept; at least one is."""
     bits: int = 1
     """Bits per kept value, the sign among them; 1: all of a chunk have one magnitude."""
     chunk: int = 4096
     """Elements per chunk; larger chunks choose better and cost the same."""
+    entropy: str = "auto"
+    """How units and levels are coded: auto, none, huffman; range, zstd, any without a ledger."""
 
     def __post_init__(self) -> None:
         """Refuse what has no layout."""
@@ -66,6 +62,12 @@ class Sparse:
             raise ValueError(f"bits = {self.bits}; use 1 to 8")
         if not 64 <= self.chunk <= 1 << 20:
             raise ValueError(f"chunk = {self.chunk}; use 64 to 1048576")
+        entropy.check(self.entropy)
+
+    @property
+    def inexact(self) -> str:
+        """Say why a library's streams are not for the ledger."""
+        return entropy.library(self.entropy)
 
     def encode(self, x_D: Tensor, *, key: int = 0) -> Encoded:
         """Keep the top of each chunk."""
@@ -73,108 +75,127 @@ class Sparse:
         if not bool(torch.isfinite(x_D).all()):
             raise ValueError("cannot encode a vector with NaN or infinite elements")
         index_K = self._top(x_D.abs())
-        x_K = to_integers(x_D[index_K])
-        mantissa_C, exponent_C = self._units(x_K.abs(), size)
-        unit_K = (mantissa_C << exponent_C).repeat_interleave(self._counts(size, x_D.device))
-        top = 2 ** (self.bits - 1) - 1
-        level_K = (x_K.abs() // (2 * unit_K).clamp(min=1)).clamp(max=top)
-        minus_K = (x_K < 0) & (unit_K > 0)
-        level_K = torch.where(unit_K > 0, level_K, 0)
-        index_K = self._settle(index_K, unit_K, size)
+        x_K = x_D[index_K]
+        twice_K = (2 * x_K.abs()).clamp(max=2.0**32).to(torch.int64)  # ⌊2|x|⌋: sums are exact
+        counts_C = self._counts(size, x_D.device)
+        chunk_K = torch.repeat_interleave(counts_C)
+        mantissa_C, exponent_C = self._units(twice_K, counts_C, chunk_K)
+        unit_K = (mantissa_C << exponent_C)[chunk_K]
+        used_K = unit_K > 0
+        level_K = (twice_K // (4 * unit_K).clamp(min=1)).clamp(max=self._levels - 1)
+        level_K = torch.where(used_K, level_K, 0)
+        minus_K = (x_K < 0) & used_K
+        # A chunk whose unit rounds to zero keeps its first elements: one canonical form.
+        index_K = torch.where(used_K, index_K, self._first(counts_C, chunk_K))
         kept = Kept(
-            mantissa_C.to(torch.uint8).cpu().numpy(),
-            exponent_C.to(torch.uint8).cpu().numpy(),
-            index_K.cpu().numpy(),
-            minus_K.to(torch.uint8).cpu().numpy(),
-            level_K.cpu().numpy(),
+            mantissa_C.to(torch.uint8),
+            exponent_C.to(torch.uint8),
+            index_K,
+            minus_K.to(torch.uint8),
+            level_K.to(torch.uint8),
         )
-        values_K = torch.where(minus_K, -1, 1) * (2 * level_K + 1) * unit_K
-        return Encoded(self.pack(kept, size), Decoded(size, values_K.to(torch.int32), index_K))
+        return Encoded(self.pack(kept, size), self._decoded(kept, unit_K, size))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
         """Return the kept elements; the rest is not touched."""
-        kept = self.unpack(payload, size)
-        unit = kept.mantissa.astype(np.int64) << kept.exponent.astype(np.int64)
-        unit = np.repeat(unit, self._counts_np(size))
-        values = np.where(kept.minus == 1, -1, 1) * (2 * kept.level + 1) * unit
-        return Decoded(
-            size,
-            torch.from_numpy(values.astype(np.int32)).to(device),
-            torch.from_numpy(kept.place).to(device),
-        )
+        kept = self.unpack(payload, size, device)
+        counts_C = self._counts(size, kept.index_K.device)
+        return self._decoded(kept, _units_of(kept)[torch.repeat_interleave(counts_C)], size)
 
     def bound(self, size: int) -> int:
         """Return the size under the worst placing of the kept elements."""
         count, b = self._kept(size), self._rice()
-        fixed = 1 + 2 * self._chunks(size) + bits.packed_bytes(count, 1)
+        levels = 0
+        if self.bits > 1 and self.entropy == "none":
+            levels = bits.packed_bytes(count, self.bits - 1)
+        elif self.bits > 1:
+            levels = entropy.squeezed_bound(bits.digit_bytes(count, self._levels), self.entropy)
         return (
-            fixed
-            + bits.packed_bytes(count, self.bits - 1)
+            1
+            + 2 * entropy.squeezed_bound(self._chunks(size), self.entropy)
+            + bits.packed_bytes(count, 1)
+            + levels
             + entropy.rice_bound(count, b, max(size - count, 0))
         )
 
     def pack(self, kept: Kept, size: int) -> bytes:
         """Return the payload of what is kept."""
-        counts = self._counts_np(size)
-        starts = np.cumsum(counts) - counts
-        gaps = np.diff(kept.place, prepend=-1) - 1
-        gaps[starts] = kept.place[starts] - self.chunk * np.arange(len(counts))
-        return b"".join(
-            (
-                bytes([VERSION]),
-                kept.mantissa.tobytes(),
-                kept.exponent.tobytes(),
-                bits.pack_bits(kept.minus),
-                bits.pack(kept.level, self.bits - 1),
-                entropy.rice_encode(gaps, self._rice()),
+        counts_C = self._counts(size, kept.index_K.device)
+        gap_K = kept.index_K.diff(prepend=kept.index_K.new_tensor([-1])) - 1
+        start_C = torch.cumsum(counts_C, 0) - counts_C
+        chunk_C = torch.arange(len(counts_C), device=counts_C.device)
+        gap_K[start_C] = kept.index_K[start_C] - self.chunk * chunk_C
+        levels: list[bytes | Tensor] = []
+        if self.bits > 1 and self.entropy == "none":
+            levels = [bits.pack(kept.level_K, self.bits - 1)]
+        elif self.bits > 1:
+            levels = entropy.squeeze_parts(
+                bits.pack_digits(kept.level_K, self._levels), self.entropy
             )
+        return bits.join(
+            [
+                bytes([VERSION]),
+                *entropy.squeeze_parts(kept.mantissa_C, self.entropy),
+                *entropy.squeeze_parts(kept.exponent_C, self.entropy),
+                bits.pack_bits(kept.minus_K),
+                *levels,
+                entropy.rice_encode(gap_K, self._rice()),
+            ]
         )
 
-    def unpack(self, payload: bytes, size: int) -> Kept:
+    def unpack(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Kept:
         """Return what is kept; inverse of `pack`, refuses everything else."""
-        counts = self._counts_np(size)
-        count, chunks = int(counts.sum()), len(counts)
-        reader = bits.Reader(payload)
-        if (version := reader.take(1)[0]) != VERSION:
+        reader = bits.Reader(payload, device)
+        if (version := reader.number(1)) != VERSION:
             raise PayloadError(f"unknown version {version}")
-        mantissa = np.frombuffer(reader.take(chunks), np.uint8)
-        exponent = np.frombuffer(reader.take(chunks), np.uint8)
-        minus = bits.unpack_bits(reader.take(bits.packed_bytes(count, 1)), count)
-        level = np.zeros(count, np.int64)
-        if self.bits > 1:
+        chunks, count = self._chunks(size), self._kept(size)
+        mantissa_C = entropy.expand(reader, chunks, self.entropy)
+        exponent_C = entropy.expand(reader, chunks, self.entropy)
+        minus_K = bits.unpack_bits(reader.take(bits.packed_bytes(count, 1)), count)
+        level_K = torch.zeros_like(minus_K)
+        if self.bits > 1 and self.entropy == "none":
             packed = reader.take(bits.packed_bytes(count, self.bits - 1))
-            level = bits.unpack(packed, count, self.bits - 1)
-        gaps = entropy.rice_decode(reader.rest(), count, self._rice(), max(size - count, 0))
-        kept = Kept(mantissa, exponent, self._indices(gaps, counts, size), minus, level)
-        self._check(kept, counts)
+            level_K = bits.unpack(packed, count, self.bits - 1).to(torch.uint8)
+        elif self.bits > 1:
+            packed = entropy.expand(reader, bits.digit_bytes(count, self._levels), self.entropy)
+            level_K = bits.unpack_digits(packed, count, self._levels)
+        gap_K = entropy.rice_decode(reader, count, self._rice(), max(size - count, 0))
+        counts_C = self._counts(size, gap_K.device)
+        index_K = self._indices(gap_K, counts_C, size)
+        kept = Kept(mantissa_C, exponent_C, index_K, minus_K, level_K)
+        self._check(kept, counts_C)
         return kept
 
-    def _indices(
-        self, gaps: NDArray[np.int64], counts: NDArray[np.int64], size: int
-    ) -> NDArray[np.int64]:
-        """Return the index of each kept element, refusing any that leaves its chunk."""
-        starts = np.cumsum(counts) - counts
-        steps = np.cumsum(gaps + 1)
-        before = np.repeat(steps[starts] - gaps[starts] - 1, counts)
-        within = steps - before - 1
-        chunk = np.repeat(np.arange(len(counts)), counts)
-        index: NDArray[np.int64] = within + chunk * self.chunk
-        if bool((within >= self.chunk).any()) or (len(index) and int(index[-1]) >= size):
-            raise PayloadError("an index leaves its chunk")
-        return index
+    def _decoded(self, kept: Kept, unit_K: Tensor, size: int) -> Decoded:
+        sign_K = 1 - 2 * kept.minus_K.to(torch.int64)
+        values_K = sign_K * (2 * kept.level_K.to(torch.int64) + 1) * unit_K
+        return Decoded(size, values_K.to(torch.int32), kept.index_K)
 
-    def _check(self, kept: Kept, counts: NDArray[np.int64]) -> None:
+    def _indices(self, gap_K: Tensor, counts_C: Tensor, size: int) -> Tensor:
+        """Return the index of each kept element, refusing any that leaves its chunk."""
+        start_C = torch.cumsum(counts_C, 0) - counts_C
+        chunk_K = torch.repeat_interleave(counts_C)
+        step_K = torch.cumsum(gap_K + 1, 0)
+        before_C = step_K[start_C] - gap_K[start_C] - 1
+        within_K = step_K - before_C[chunk_K] - 1
+        index_K = within_K + chunk_K * self.chunk
+        if bool((within_K >= self.chunk).any()) or bool((index_K[-1:] >= size).any()):
+            raise PayloadError("an index leaves its chunk")
+        return index_K
+
+    def _check(self, kept: Kept, counts_C: Tensor) -> None:
         """Refuse units that are not normal, values outside int32, and signs of zeros."""
-        mantissa, exponent = kept.mantissa.astype(np.int64), kept.exponent.astype(np.int64)
-        if bool((exponent > TOP_EXPONENT).any()) or bool(((mantissa < 128) & (exponent > 0)).any()):
+        mantissa_C, exponent_C = kept.mantissa_C, kept.exponent_C
+        low_C = (mantissa_C < 128) & (exponent_C > 0)
+        if bool((exponent_C > TOP_EXPONENT).any()) or bool(low_C.any()):
             raise PayloadError("a chunk's unit is not in normal form")
-        unit = np.repeat(mantissa << exponent, counts)
-        if bool(((2 * kept.level + 1) * unit > INT32_MAX).any()):
+        chunk_K = torch.repeat_interleave(counts_C)
+        unit_K = _units_of(kept)[chunk_K]
+        if bool(((2 * kept.level_K.to(torch.int64) + 1) * unit_K > INT32_MAX).any()):
             raise PayloadError("value outside int32")
-        first = np.repeat(self.chunk * np.arange(len(counts)), counts)
-        rank = np.arange(len(unit)) - np.repeat(np.cumsum(counts) - counts, counts)
-        odd = (kept.minus == 1) | (kept.level > 0) | (kept.place != first + rank)
-        if bool((odd & (unit == 0)).any()):
+        first_K = self._first(counts_C, chunk_K)
+        odd_K = (kept.minus_K == 1) | (kept.level_K > 0) | (kept.index_K != first_K)
+        if bool((odd_K & (unit_K == 0)).any()):
             raise PayloadError("a chunk of magnitude zero must keep its first elements, unsigned")
 
     def _top(self, magnitude_D: Tensor) -> Tensor:
@@ -191,18 +212,16 @@ class Sparse:
         empty = torch.zeros(0, dtype=torch.int64, device=magnitude_D.device)
         return torch.cat(parts) if parts else empty
 
-    def _units(self, magnitude_K: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Return each chunk's unit as mantissa and exponent, from integer sums alone."""
-        counts_C = self._counts(size, magnitude_K.device)
-        chunk_K = torch.repeat_interleave(counts_C)
-        zeros_C = torch.zeros(len(counts_C), dtype=torch.int64, device=magnitude_K.device)
-        if self.bits == 1:
-            sum_C = zeros_C.index_add(0, chunk_K, magnitude_K)
-            unit_C = (2 * sum_C + counts_C) // (2 * counts_C)
-        else:
-            largest_C = zeros_C.scatter_reduce(0, chunk_K, magnitude_K, "amax")
-            unit_C = -(-largest_C // (2**self.bits - 1))
-        limit = INT32_MAX // (2**self.bits - 1)
+    def _units(self, twice_K: Tensor, counts_C: Tensor, chunk_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each chunk's unit as mantissa and exponent, from integers alone."""
+        zeros_C = torch.zeros_like(counts_C)
+        if self.bits == 1:  # the mean magnitude
+            sum_C = zeros_C.index_add(0, chunk_K, twice_K)
+            unit_C = (sum_C + counts_C) // (2 * counts_C)
+        else:  # the largest magnitude is the highest level
+            largest_C = zeros_C.scatter_reduce(0, chunk_K, twice_K, "amax")
+            unit_C = -(-largest_C // (2 * (2 * self._levels - 1)))
+        limit = INT32_MAX // (2 * self._levels - 1)
         mantissa_C, exponent_C = _minifloat(unit_C)
         too_large = (mantissa_C << exponent_C) > limit
         low_C, low_exponent_C = _minifloat(torch.full_like(unit_C, limit), up=False)
@@ -211,13 +230,16 @@ class Sparse:
             torch.where(too_large, low_exponent_C, exponent_C),
         )
 
-    def _settle(self, index_K: Tensor, unit_K: Tensor, size: int) -> Tensor:
-        """Let chunks whose unit rounds to zero keep their first elements (one canonical form)."""
-        counts_C = self._counts(size, index_K.device)
-        chunk_K = torch.repeat_interleave(counts_C)
-        start_K = (torch.cumsum(counts_C, 0) - counts_C)[chunk_K]
-        rank_K = torch.arange(len(index_K), device=index_K.device) - start_K
-        return torch.where(unit_K > 0, index_K, chunk_K * self.chunk + rank_K)
+    def _first(self, counts_C: Tensor, chunk_K: Tensor) -> Tensor:
+        """Return the indices of the first elements of every chunk, as many as it keeps."""
+        start_C = torch.cumsum(counts_C, 0) - counts_C
+        rank_K = torch.arange(len(chunk_K), device=chunk_K.device) - start_C[chunk_K]
+        return chunk_K * self.chunk + rank_K
+
+    @property
+    def _levels(self) -> int:
+        """Return the number of magnitudes that an element can have."""
+        return 1 << (self.bits - 1)
 
     def _rice(self) -> int:
         return entropy.rice_parameter(self._keep(self.chunk) / self.chunk)
@@ -232,14 +254,16 @@ class Sparse:
         whole, rest = divmod(size, self.chunk)
         return whole * self._keep(self.chunk) + (self._keep(rest) if rest else 0)
 
-    def _counts_np(self, size: int) -> NDArray[np.int64]:
-        counts = np.full(self._chunks(size), self._keep(self.chunk), np.int64)
-        if size % self.chunk:
-            counts[-1] = self._keep(size % self.chunk)
-        return counts
-
     def _counts(self, size: int, device: torch.device) -> Tensor:
-        return torch.from_numpy(self._counts_np(size)).to(device)
+        """Return how many elements each chunk keeps."""
+        counts_C = torch.full((self._chunks(size),), self._keep(self.chunk), dtype=torch.int64)
+        if size % self.chunk:
+            counts_C[-1] = self._keep(size % self.chunk)
+        return counts_C.to(device)
+
+
+def _units_of(kept: Kept) -> Tensor:
+    return kept.mantissa_C.to(torch.int64) << kept.exponent_C.to(torch.int64)
 
 
 def _top_of_rows(rows_CN: Tensor, keep: int) -> Tensor:

@@ -1,47 +1,95 @@
-"""Streams of bits: packed integers, Rice and canonical Huffman codes."""
+"""Streams of bits: packed integers and digits, Rice and canonical Huffman codes."""
 
-import numpy as np
+import math
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.compression import old_bits as bits
-from shoal.compression import old_entropy as entropy
+from shoal.compression import bits, entropy
 from shoal.compression.codec import PayloadError
 
+quick = settings(deadline=None)
 
-@settings(deadline=None)
+
+def read(data: torch.Tensor | bytes) -> bits.Reader:
+    return bits.Reader(data if isinstance(data, bytes) else data.numpy().tobytes())
+
+
+def as_bytes(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8)
+
+
+def skewed(count: int, seed: int = 0, spread: float = 9.0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(count, generator=g) * spread + 128).clamp(0, 255).to(torch.uint8)
+
+
+@quick
 @given(width=st.integers(1, 32), data=st.data())
 def test_packed_integers_come_back(width: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(0, 2**width - 1), max_size=50))
-    packed = bits.pack(np.array(values, np.int64), width)
+    packed = bits.pack(torch.tensor(values, dtype=torch.int64), width)
     assert len(packed) == bits.packed_bytes(len(values), width)
     assert bits.unpack(packed, len(values), width).tolist() == values
 
 
+def test_more_integers_than_a_slab_come_back() -> None:
+    values = torch.arange(bits.SLAB + 77) * 2654435761 % 2**11
+    packed = bits.pack(values, 11)
+    assert torch.equal(bits.unpack(packed, len(values), 11), values)
+    assert torch.equal(bits.pack(values[:800], 11), packed[:1100])
+
+
 def test_bits_are_packed_from_the_low_end() -> None:
-    assert bits.pack(np.array([1, 2, 3]), 3) == bytes([0b11_010_001, 0b0])
-    assert bits.pack_bits(np.array([1, 0, 0, 0, 0, 0, 0, 0, 1], np.uint8)) == b"\x01\x01"
+    assert bits.pack(torch.tensor([1, 2, 3]), 3).tolist() == [0b11_010_001, 0b0]
+    assert bits.pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1])).tolist() == [1, 1]
 
 
 def test_padding_that_is_not_zero_is_refused() -> None:
     with pytest.raises(PayloadError, match="padding"):
-        bits.unpack(bytes([0b1000_0001]), 1, 3)
+        bits.unpack(as_bytes([0b1000_0001]), 1, 3)
+    with pytest.raises(PayloadError, match="padding"):
+        bits.unpack_digits(as_bytes([1 + 3 * 2]), 1, 3)
 
 
-@settings(deadline=None)
+@quick
+@given(base=st.integers(2, 256), data=st.data())
+def test_digits_come_back(base: int, data: st.DataObject) -> None:
+    digits = data.draw(st.lists(st.integers(0, base - 1), max_size=40))
+    packed = bits.pack_digits(as_bytes(digits), base)
+    assert len(packed) == bits.digit_bytes(len(digits), base)
+    assert bits.unpack_digits(packed, len(digits), base).tolist() == digits
+    each = bits.per_byte(base)
+    assert base**each <= 256 < base ** (each + 1)
+    if digits:
+        first = sum(d * base**j for j, d in enumerate(digits[:each]))
+        assert int(packed[0]) == first
+
+
+def test_bytes_that_no_digits_make_are_refused() -> None:
+    with pytest.raises(PayloadError, match="larger than its digits"):
+        bits.unpack_digits(as_bytes([243]), 5, 3)
+    with pytest.raises(PayloadError, match="2 bytes where 5 digits"):
+        bits.unpack_digits(as_bytes([1, 2]), 5, 3)
+
+
+@quick
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=200), st.integers(0, 10))
 def test_rice_codes_come_back_and_are_canonical(values: list[int], b: int) -> None:
-    array = np.array(values, np.int64)
-    data = entropy.rice_encode(array, b)
-    assert entropy.rice_decode(data, len(values), b, sum(values)).tolist() == values
+    data = entropy.rice_encode(torch.tensor(values), b)
+    assert entropy.rice_decode(read(data), len(values), b, sum(values)).tolist() == values
     assert len(data) <= entropy.rice_bound(len(values), b, sum(values))
     exact = len(values) * b + sum((v >> b) + 1 for v in values)
     assert len(data) * 8 < exact + 16
+    longer = torch.cat((data, as_bytes([0])))
     with pytest.raises(PayloadError):
-        entropy.rice_decode(data + b"\0", len(values), b, sum(values) + 10_000)
+        entropy.rice_decode(read(longer), len(values), b, sum(values) + 10_000)
     with pytest.raises(PayloadError):
-        entropy.rice_decode(data[:-1], len(values), b, sum(values))
+        entropy.rice_decode(read(data[:-1]), len(values), b, sum(values))
+    with pytest.raises(PayloadError):
+        entropy.rice_decode(read(data), len(values), b, sum(values) - 1)
 
 
 @pytest.mark.parametrize(
@@ -51,65 +99,134 @@ def test_the_rice_parameter_is_the_best_for_the_density(density: float, b: int) 
     assert entropy.rice_parameter(density) == b
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 14), min_size=1, max_size=400), st.sampled_from([15, 16, 255]))
-def test_huffman_codes_come_back(values: list[int], alphabet: int) -> None:
-    symbols = np.array(values, np.uint8)
-    data = entropy.huffman_encode(symbols, alphabet)
-    counts = np.bincount(symbols, minlength=alphabet)
-    assert len(data) == entropy.huffman_bytes(counts, entropy.huffman_lengths(counts))
-    assert entropy.huffman_decode(data, len(values), alphabet).tolist() == values
+@quick
+@given(
+    values=st.lists(st.integers(0, 255), max_size=300),
+    repeat=st.sampled_from([1, 2, 40, 4096 // 7]),
+    mode=st.sampled_from(entropy.MODES),
+)
+def test_squeezed_bytes_come_back(values: list[int], repeat: int, mode: str) -> None:
+    data = as_bytes(values).repeat(repeat)
+    stream = entropy.squeeze(data, mode)
+    assert stream.dtype == torch.uint8
+    assert len(stream) <= entropy.squeezed_bound(len(data), mode)
+    reader = read(torch.cat((stream, as_bytes([77]))))
+    assert torch.equal(entropy.expand(reader, len(data), mode), data)
+    assert reader.rest().tolist() == [77]
     with pytest.raises(PayloadError):
-        entropy.huffman_decode(data + b"\0", len(values), alphabet)
-    with pytest.raises(PayloadError):
-        entropy.huffman_decode(data[:-1], len(values), alphabet)
+        entropy.expand(read(stream[:-1]), len(data), mode)
 
 
-def test_huffman_is_within_a_bit_of_the_entropy_and_optimal_on_powers_of_two() -> None:
-    counts = np.array([8, 4, 2, 1, 1], np.int64)
-    assert entropy.huffman_lengths(counts).tolist() == [1, 2, 3, 4, 4]
-    rng = np.random.default_rng(0)
-    counts = rng.integers(1, 1000, 255)
+@pytest.mark.parametrize("count", [1, 4095, 4096, 4097, 64 * 4096, 64 * 4096 + 1, 300_000])
+def test_segments_of_every_length_come_back(count: int) -> None:
+    data = skewed(count)
+    for mode in entropy.MODES:
+        assert torch.equal(entropy.expand(read(entropy.squeeze(data, mode)), count, mode), data)
+
+
+def test_squeezed_bytes_take_their_entropy() -> None:
+    data = skewed(400_000)
+    p = torch.bincount(data).double() / len(data)
+    bound = -float((p[p > 0] * p[p > 0].log2()).sum()) / 8 * len(data)
+    assert bound < len(entropy.squeeze(data)) < 1.01 * bound
+
+
+def test_auto_takes_the_bytes_as_they_are_when_huffman_does_not_pay() -> None:
+    even = torch.arange(256, dtype=torch.uint8).repeat(100)
+    assert entropy.squeeze(even)[0] == entropy.RAW
+    assert entropy.squeeze(skewed(25_600))[0] == entropy.HUFFMAN
+    raw = entropy.squeeze(skewed(25_600), "none")
+    with pytest.raises(PayloadError, match="Huffman is shorter"):
+        entropy.expand(read(raw), 25_600, "auto")
+    coded = entropy.squeeze(even, "huffman")
+    with pytest.raises(PayloadError, match="come as short"):
+        entropy.expand(read(coded), 25_600, "auto")
+
+
+def test_a_lone_byte_takes_no_bits() -> None:
+    data = torch.full((8192,), 2, dtype=torch.uint8)
+    stream = entropy.squeeze(data)
+    assert stream.tolist() == [1, 2, 0x00, 0x01, 0, 0, 0, 0]
+    assert torch.equal(entropy.expand(read(stream), 8192), data)
+
+
+def test_the_layout_of_the_huffman_form() -> None:
+    data = as_bytes([1, 0, 1, 2, 1, 0, 1])  # codes 0: 10, 1: 0, 2: 11, root bit first
+    stream = entropy.squeeze(data, "huffman")
+    bitstring = "0" + "10" + "0" + "11" + "0" + "10" + "0"
+    body = [int(bitstring[:8][::-1], 2), int(bitstring[8:][::-1], 2)]
+    assert stream.tolist() == [1, 2, 0x12, 0x02, 2, 0, *body]
+
+
+def test_other_code_lengths_than_the_bytes_own_are_refused() -> None:
+    """A complete tree that gives the rare byte the short code is not the one form that counts."""
+    bitstring = "10" * 6 + "0" + "11"  # 1 six times, 0, 2 with lengths 1, 2, 2
+    body = [int(bitstring[i : i + 8][::-1], 2) for i in range(0, len(bitstring), 8)]
+    with pytest.raises(PayloadError, match="not those of the bytes"):
+        entropy.expand(read(bytes([1, 2, 0x21, 0x02, len(body), 0, *body])), 8, "huffman")
+    with pytest.raises(PayloadError, match="complete tree"):
+        entropy.expand(read(bytes([1, 2, 0x21, 0x03, len(body), 0, *body])), 8, "huffman")
+
+
+def test_segments_that_lie_about_their_length_are_refused() -> None:
+    data = skewed(3 * 4096)
+    stream = bytearray(entropy.squeeze(data).numpy().tobytes())
+    at = 2 + (int(data.max()) + 2) // 2
+    for change in (1, -1):
+        wrong = bytearray(stream)
+        first = int.from_bytes(wrong[at : at + 2], "little") + change
+        second = int.from_bytes(wrong[at + 2 : at + 4], "little") - change
+        wrong[at : at + 4] = first.to_bytes(2, "little") + second.to_bytes(2, "little")
+        with pytest.raises(PayloadError):
+            entropy.expand(read(bytes(wrong)), len(data))
+    stream[at : at + 6] = bytes(6)
+    with pytest.raises(PayloadError, match="cut off"):
+        entropy.expand(read(bytes(stream)), len(data))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    tail=st.binary(max_size=200),
+    kept=st.integers(0, 60),
+    count=st.sampled_from([0, 1, 9, 500, 5000]),
+    mode=st.sampled_from(entropy.MODES),
+)
+def test_garbage_is_refused_or_is_the_one_form(
+    tail: bytes, kept: int, count: int, mode: str
+) -> None:
+    """What is accepted squeezes to the same stream again; everything else is a PayloadError."""
+    start = entropy.squeeze(skewed(count, spread=0.9), mode).numpy().tobytes()[:kept]
+    reader = read(start + tail)
+    try:
+        data = entropy.expand(reader, count, mode)
+    except PayloadError:
+        return
+    used = len(start + tail) - len(reader)
+    assert entropy.squeeze(data, mode).numpy().tobytes() == (start + tail)[:used]
+
+
+def test_huffman_is_optimal_on_powers_of_two_and_near_the_entropy() -> None:
+    assert entropy.huffman_lengths([8, 4, 2, 1, 1]) == [1, 2, 3, 4, 4]
+    g = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 1000, (255,), generator=g).tolist()
     lengths = entropy.huffman_lengths(counts)
-    p = counts / counts.sum()
-    bound = -(p * np.log2(p)).sum()
-    assert bound <= (p * lengths).sum() < bound + 0.1
-    assert sum(2.0 ** -float(n) for n in lengths) == 1
+    total = sum(counts)
+    bound = -sum(n / total * math.log2(n / total) for n in counts)
+    assert bound <= sum(n * w for n, w in zip(counts, lengths, strict=True)) / total < bound + 0.1
+    assert sum(2.0**-n for n in lengths) == 1
 
 
 def test_huffman_lengths_never_pass_fifteen_bits() -> None:
     fibonacci = [1, 1]
     while len(fibonacci) < 40:
         fibonacci.append(fibonacci[-1] + fibonacci[-2])
-    lengths = entropy.huffman_lengths(np.array(fibonacci))
-    assert lengths.max() <= entropy.LONGEST
-    assert sum(2.0 ** -int(n) for n in lengths) == 1
+    lengths = entropy.huffman_lengths(fibonacci)
+    assert max(lengths) <= entropy.LONGEST
+    assert sum(2.0**-n for n in lengths) == 1
 
 
-def test_other_code_lengths_than_the_symbols_own_are_refused() -> None:
-    """A complete tree that gives the rare symbol the short code is not the one form that counts."""
-    symbols = np.array([1] * 90 + [0] * 6 + [2] * 4, np.uint8)
-    table = bits.pack(np.array([1, 2, 2]), 4)  # 0: 0, 1: 10, 2: 11
-    first = (symbols != 0).astype(np.uint8)
-    second = (symbols[symbols != 0] == 2).astype(np.uint8)
-    planes = bits.pack_bits(first) + bits.pack_bits(second)
-    with pytest.raises(PayloadError, match="not those of the symbols"):
-        entropy.huffman_decode(table + planes, 100, 3)
-    with pytest.raises(PayloadError, match="complete tree"):
-        entropy.huffman_decode(bits.pack(np.array([1, 2, 3]), 4) + planes, 100, 3)
-
-
-def test_a_lone_symbol_takes_no_bits() -> None:
-    data = entropy.huffman_encode(np.full(100_000, 2, np.uint8), 3)
-    assert len(data) == 2
-    assert entropy.huffman_decode(data, 100_000, 3).tolist() == [2] * 100_000
-
-
-def test_two_million_symbols_take_their_entropy() -> None:
-    rng = np.random.default_rng(0)
-    symbols = np.clip(rng.normal(7, 2, 2_000_000).round(), 0, 14).astype(np.uint8)
-    data = entropy.huffman_encode(symbols, 15)
-    assert np.array_equal(entropy.huffman_decode(data, len(symbols), 15), symbols)
-    p = np.bincount(symbols, minlength=15) / len(symbols)
-    bound = -(p[p > 0] * np.log2(p[p > 0])).sum()
-    assert len(data) * 8 / len(symbols) < bound + 0.06
+def test_unknown_modes_are_named_with_the_known() -> None:
+    with pytest.raises(ValueError, match="use one of auto, none, huffman, range, zstd, any"):
+        entropy.check("brotli")
+    assert all(entropy.library(mode) == "" for mode in entropy.MODES)
+    assert all("another version" in entropy.library(mode) for mode in entropy.LIBRARY_MODES)
