@@ -12,4 +12,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sparse", {"bits": 3}),
     ("sparse", {"bits": 8, "density": 0.1}),
     ("sparse", {"density": 0.5, "chunk": 64}),
+    ("topk", {"select": "threshold", "density": 0.05}),
+    ("topk", {"bits": 3, "entropy": "huffman"}),
 ]
