@@ -1,0 +1,1 @@
+"""One method of error control per file; `shoal.training.control` finds them."""
