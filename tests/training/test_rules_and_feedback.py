@@ -46,7 +46,7 @@ def test_a_lawful_update_counts() -> None:
         (1, "dense", 10**6, None, "at most"),
         (1, "dense", 10, None, "missing"),
         (1, "dense", 10, b"short", "record says"),
-        (1, "dense", 5, b"\x07aaaa", "too early"),
+        (1, "dense", 5, b"\x07aaaa", "form 7"),
     ],
 )
 def test_what_breaks_a_rule_contributes_nothing(
