@@ -14,4 +14,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sparse", {"density": 0.5, "chunk": 64}),
     ("topk", {"select": "threshold", "density": 0.05}),
     ("topk", {"bits": 3, "entropy": "huffman"}),
+    ("random", {"scaling": "unbiased", "density": 0.2}),
+    ("random", {"bits": 1, "density": 0.1}),
+    ("rows", {"bits": 1, "row": 10}),
+    ("rows", {"bits": 8, "density": 0.25}),
+    ("qsgd", {"bits": 2, "block": 16}),
+    ("qsgd", {"bits": 8, "norm": "max", "entropy": "none"}),
+    ("fp4", {"format": "e2m1"}),
+    ("natural", {"rounding": "nearest"}),
 ]
