@@ -106,6 +106,12 @@ class Inner:
             one.step()
             one.zero_grad(set_to_none=True)
 
+    def finish(self) -> None:
+        """End a turn: an optimizer that has left the model at a point on trial takes it back."""
+        for one in self._optimizers:
+            if (finish := getattr(one, "finish", None)) is not None:
+                finish()
+
     def clear(self) -> None:
         """Clear the gradients."""
         for one in self._optimizers:

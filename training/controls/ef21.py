@@ -77,8 +77,6 @@ def largest_step(smoothness: float, each: Sequence[float], delta: float, *, new:
     of L_i² in the first analysis, the plain mean in the later one (`new`; Richtárik, Gasanov and
     Burlachenko, "Error feedback reloaded", 2024, arXiv 2402.10774), which holds for EF21 as it is.
     """
-    if new:
-        joint = sum(each) / len(each)
-    else:
-        joint = math.sqrt(sum(one * one for one in each) / len(each))
+    power = 1 if new else 2
+    joint = math.pow(sum(one**power for one in each) / len(each), 1 / power)
     return 1 / (smoothness + joint * xi(delta))
