@@ -132,6 +132,7 @@ class Learner:
                 losses.append(loss.detach())
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.inner.step()
+        self.inner.finish()
         mean = float(torch.stack(losses).mean())
         seconds = self.clock() - started
         delta_D = self.parameters.read() - start_D
