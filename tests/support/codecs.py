@@ -18,6 +18,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("random", {"bits": 1, "density": 0.1}),
     ("rows", {"bits": 1, "row": 10}),
     ("rows", {"bits": 8, "density": 0.25}),
+    ("dct", {"keep": 100, "bits": 3}),
     ("qsgd", {"bits": 2, "block": 16}),
     ("qsgd", {"bits": 8, "norm": "max", "entropy": "none"}),
     ("fp4", {"format": "e2m1"}),
