@@ -42,9 +42,14 @@ def unpack_bits(data: Tensor, count: int) -> Tensor:
     else:
         shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
         bits = ((data[:, None] >> shifts) & 1).reshape(-1)
-    if bool(bits[count:].any()):
-        raise PayloadError("padding is not zero")
+    check_padding(data, count)
     return bits[:count]
+
+
+def check_padding(data: Tensor, count: int) -> None:
+    """Refuse a last byte with ones beyond the first `count` bits of the stream."""
+    if count % 8 and int(data[-1]) >> count % 8:
+        raise PayloadError("padding is not zero")
 
 
 def pack(values_N: Tensor, width: int) -> Tensor:
@@ -115,24 +120,32 @@ def pack_digits(digits_N: Tensor, base: int) -> Tensor:
 
 def unpack_digits(data: Tensor, count: int, base: int) -> Tensor:
     """Return `count` digits (uint8); inverse of `pack_digits`, refuses every other form."""
+    check_digits(data, count, base)
     each = per_byte(base)
-    if len(data) != digit_bytes(count, base):
-        raise PayloadError(f"{len(data)} bytes where {count} digits of base {base} were expected")
     if base == 2:
         return unpack_bits(data, count)
+    return data if each == 1 else _digits(data, base).reshape(-1)[:count]
+
+
+def check_digits(data: Tensor, count: int, base: int) -> None:
+    """Refuse all bytes that `count` digits cannot be packed into."""
+    each, used = per_byte(base), count % per_byte(base)
+    if len(data) != digit_bytes(count, base):
+        raise PayloadError(f"{len(data)} bytes where {count} digits of base {base} were expected")
     if base**each < 256 and len(data) and int(data.max()) >= base**each:
         raise PayloadError("a byte is larger than its digits can make it")
-    if each == 1:
-        return data
-    digits = torch.empty((len(data), each), dtype=torch.uint8, device=data.device)
+    if used and int(data[-1]) >= base**used:
+        raise PayloadError("padding is not zero")
+
+
+def _digits(data: Tensor, base: int) -> Tensor:
+    """Return the digits of each byte in a row."""
+    digits = torch.empty((len(data), per_byte(base)), dtype=torch.uint8, device=data.device)
     left = data
-    for j in range(each):
+    for j in range(digits.shape[1]):
         digits[:, j] = left % base
         left = left // base
-    digits_N = digits.reshape(-1)
-    if bool(digits_N[count:].any()):
-        raise PayloadError("padding is not zero")
-    return digits_N[:count]
+    return digits
 
 
 def join(parts: Sequence[bytes | Tensor]) -> bytes:

@@ -20,11 +20,13 @@ it is the shorter one even if every segment ends in a whole byte of padding.
 import heapq
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.compression import bits
+from shoal.compression import bits, parallel
 from shoal.compression.codec import PayloadError
 
 RAW, HUFFMAN, RANGE, ZSTD = 0, 1, 2, 3
@@ -127,12 +129,22 @@ def rice_parameter(density: float) -> int:
 
 def rice_encode(values_N: Tensor, b: int) -> Tensor:
     """Return the Rice code of non-negative int64 values."""
+    if loops := parallel.kernels(_RICE * len(values_N), values_N):
+        low = torch.zeros(bits.packed_bytes(len(values_N), b), dtype=torch.uint8)
+        count = len(values_N) + int((values_N >> b).sum())
+        unary = torch.zeros(bits.packed_bytes(count, 1), dtype=torch.uint8)
+        loops.rice_encode(values_N.numpy(), b, low.numpy(), unary.numpy())
+        return torch.cat((low, unary))
     low = bits.pack(values_N & ((1 << b) - 1), b)
     ends = torch.cumsum((values_N >> b) + 1, 0) - 1
     length = int(ends[-1]) + 1 if len(ends) else 0
-    unary = torch.zeros(length, dtype=torch.uint8, device=values_N.device)
-    unary[ends] = 1
-    return torch.cat((low, bits.pack_bits(unary)))
+    bits_N = torch.zeros(length, dtype=torch.uint8, device=values_N.device)
+    bits_N[ends] = 1
+    return torch.cat((low, bits.pack_bits(bits_N)))
+
+
+_RICE = 16
+"""A kept value stands for at least so many elements: the compiled loops pay for fewer of them."""
 
 
 def rice_bound(count: int, b: int, total: int) -> int:
@@ -150,12 +162,19 @@ def rice_decode(reader: bits.Reader, count: int, b: int, total: int) -> Tensor:
         raise PayloadError("Rice code is cut off")
     if count and int(data[-1]) == 0:
         raise PayloadError("Rice code ends in a needless byte")
-    unary = bits.unpack_bits(data[split:], 8 * (len(data) - split))
-    ends = unary.nonzero().reshape(-1)
-    if len(ends) != count:
-        raise PayloadError(f"Rice code holds {len(ends)} values, expected {count}")
-    values_N = ends.diff(prepend=ends.new_tensor([-1])) - 1
-    values_N = (values_N << b) | bits.unpack(data[:split], count, b) if b else values_N
+    low, unary = data[:split], data[split:]
+    if loops := parallel.kernels(_RICE * count, data):
+        bits.check_padding(low, count * b)
+        values_N = torch.empty(count, dtype=torch.int64)
+        found = loops.rice_decode(low.numpy(), unary.numpy(), b, values_N.numpy())
+    else:
+        ends = bits.unpack_bits(unary, 8 * len(unary)).nonzero().reshape(-1)
+        found = len(ends)
+        values_N = ends.diff(prepend=ends.new_tensor([-1])) - 1
+    if found != count:
+        raise PayloadError(f"Rice code holds {found} values, expected {count}")
+    if not loops and b:
+        values_N = (values_N << b) | bits.unpack(low, count, b)
     if int(values_N.sum()) > total:
         raise PayloadError("Rice code holds values that are too large together")
     return values_N
@@ -226,11 +245,16 @@ def _bytes(data: bytes, device: torch.device) -> Tensor:
 
 
 def _histogram(data_N: Tensor) -> list[int]:
+    """Return how often each byte occurs."""
+    if loops := parallel.kernels(len(data_N), data_N):
+        found: list[int] = sum(
+            parallel.ranges(loops.histogram, len(data_N), data_N.numpy())
+        ).tolist()
+        return found
     total = torch.zeros(256, dtype=torch.int64, device=data_N.device)
     for slab in data_N.split(bits.SLAB) if len(data_N) else ():  # type: ignore[no-untyped-call]
         total += torch.bincount(slab, minlength=256)
-    found: list[int] = total.tolist()
-    return found
+    return list(total.tolist())
 
 
 def _codes(lengths: Sequence[int]) -> list[int]:
@@ -253,12 +277,40 @@ def _encode(data_N: Tensor, lengths: Sequence[int]) -> Tensor:
     head = torch.tensor([HUFFMAN, top], dtype=torch.uint8, device=device)
     widths = torch.tensor(lengths, dtype=torch.int64, device=device) * (not lone)
     codes = torch.tensor(_codes(lengths), dtype=torch.int64, device=device)
+    if loops := parallel.kernels(len(data_N), data_N):
+        return _encode_compiled(
+            loops, data_N, torch.cat((head, bits.pack(table, 4))), codes, widths
+        )
     found = [
         _encode_slab(data_N[start : start + _SLAB], widths, codes)
         for start in range(0, len(data_N), _SLAB)
     ]
     sizes = [bits.pack(sizes_S, 16) for sizes_S, _ in found]
     return torch.cat((head, bits.pack(table, 4), *sizes, *(stream for _, stream in found)))
+
+
+def _encode_compiled(
+    loops: Any, data_N: Tensor, head: Tensor, codes: Tensor, widths: Tensor
+) -> Tensor:
+    segments = -(-len(data_N) // SEGMENT)
+    size_S = torch.zeros(segments, dtype=torch.int64)
+    data, width, code = data_N.numpy(), widths.numpy(), codes.numpy().astype(np.uint64)
+    parallel.ranges(loops.huffman_sizes, segments, data, width, size_S.numpy())
+    place_S = torch.nn.functional.pad(torch.cumsum(size_S, 0), (1, 0))
+    front = torch.cat((head, bits.pack(size_S, 16)))
+    stream = torch.empty(len(front) + int(place_S[-1]), dtype=torch.uint8)
+    stream[: len(front)] = front
+    place_S += len(front)
+    parallel.ranges(
+        loops.huffman_encode,
+        segments,
+        data,
+        code,
+        width.astype(np.uint64),
+        place_S.numpy(),
+        stream.numpy(),
+    )
+    return stream
 
 
 _SLAB = 64 * SEGMENT
@@ -322,6 +374,8 @@ def _decode_segments(data: Tensor, sizes_S: Tensor, count: int, lengths: Sequenc
     if bool((8 * sizes_S < wanted_S * least).any()):
         raise PayloadError("Huffman code is cut off")
     symbol_at, width_at = _windows(lengths, data.device)
+    if loops := parallel.kernels(count, data):
+        return _decode_compiled(loops, data, sizes_S, count, symbol_at + 256 * width_at)
     bounds = torch.nn.functional.pad(torch.cumsum(sizes_S, 0), (1, 0)).tolist()
     found = []
     for first in range(0, segments, each):
@@ -331,6 +385,27 @@ def _decode_segments(data: Tensor, sizes_S: Tensor, count: int, lengths: Sequenc
             _decode_slab(slab, sizes_S[first:last], int(wanted.sum()), symbol_at, width_at)
         )
     return torch.cat(found)
+
+
+def _decode_compiled(
+    loops: Any, data: Tensor, sizes_S: Tensor, count: int, words: Tensor
+) -> Tensor:
+    place_S = torch.nn.functional.pad(torch.cumsum(sizes_S, 0), (1, 0)).numpy()
+    long = words.numpy().astype(np.uint16)
+    short = np.where(long[: 1 << 11] >> 8 <= 11, long[: 1 << 11], 0).astype(np.uint16)
+    data_N = torch.empty(count, dtype=torch.uint8)
+    wrong = parallel.ranges(
+        loops.huffman_decode,
+        len(sizes_S),
+        data.numpy(),
+        place_S,
+        short,
+        long,
+        data_N.numpy(),
+    )
+    if any(wrong):
+        raise PayloadError("a segment of Huffman code is cut off, too long or badly padded")
+    return data_N
 
 
 def _windows(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,17 +16,24 @@ Three levels take ≈ 1.56 bits an element on Gaussian input (entropy of a symbo
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.compression import bits, entropy, scales
+from shoal.compression import bits, entropy, parallel, scales
 from shoal.compression.codec import INT32_MAX, Decoded, Encoded, PayloadError, codec
 
 MOST_BLOCK = 1 << 20
 _SLAB = 5 * bits.SLAB // 4
 """Elements at a time in torch: whole bytes of symbols, whatever their base."""
+NOT_FINITE = "cannot encode a vector with NaN or infinite elements"
+_PROBLEMS = {
+    1: "symbol outside the alphabet",
+    2: "a block of scale zero has symbols",
+    4: "value outside int32",
+}
 
 
 class Content(NamedTuple):
@@ -71,6 +78,9 @@ class Dense:
 
     def encode(self, x_D: Tensor, *, key: int = 0) -> Encoded:
         """Round each element to the nearest that its block's scale allows."""
+        if loops := parallel.kernels(len(x_D), x_D):
+            content, values_D = self._encode_compiled(loops, x_D.contiguous())
+            return Encoded(self.pack(content, len(x_D)), Decoded(len(x_D), values_D))
         scale_B = self._scales(x_D)
         packed = torch.empty(
             bits.digit_bytes(len(x_D), self._base), dtype=torch.uint8, device=x_D.device
@@ -128,6 +138,8 @@ class Dense:
     def _expand(self, content: Content, size: int) -> Tensor:
         """Return the values, or refuse what no encoder says."""
         scale_B, packed = content
+        if loops := parallel.kernels(size, packed):
+            return self._expand_compiled(loops, content, size)
         values_D = torch.empty(size, dtype=torch.int32, device=packed.device)
         each = bits.per_byte(self._base)
         for start in range(0, size, _SLAB):
@@ -135,15 +147,73 @@ class Dense:
             digits = packed[start // each :][: bits.digit_bytes(count, self._base)]
             symbol_D = bits.unpack_digits(digits, count, self._base)
             if self._alphabet < self._base and int(symbol_D.max()) >= self._alphabet:
-                raise PayloadError("symbol outside the alphabet")
+                raise PayloadError(_PROBLEMS[1])
             scale_D = self._spread(scale_B, start, count)
             if bool(((scale_D == 0) & (symbol_D != self._idle)).any()):
-                raise PayloadError("a block of scale zero has symbols")
+                raise PayloadError(_PROBLEMS[2])
             value_D = self._mantissas(symbol_D) * scale_D
             if int(value_D.max()) > INT32_MAX or int(value_D.min()) < -INT32_MAX:
-                raise PayloadError("value outside int32")
+                raise PayloadError(_PROBLEMS[4])
             values_D[start : start + count] = value_D
         return values_D
+
+    def _encode_compiled(self, loops: Any, x_D: Tensor) -> tuple[Content, Tensor]:
+        size, x = len(x_D), x_D.numpy()
+        scale_B = torch.empty(self._blocks(size), dtype=torch.int64)
+        if not self.block:
+            found = parallel.ranges(loops.measure, size, x)
+            largest = np.int32(max(bits_ for bits_, _ in found)).view(np.float32)
+            if not np.isfinite(largest):
+                raise ValueError(NOT_FINITE)
+            measure = float(largest) if self.bits >= 4 else sum(total for _, total in found)
+            scale_B[0] = self._scale(measure, size)
+        packed = torch.empty(bits.digit_bytes(size, self._base), dtype=torch.uint8)
+        values_D = torch.empty(size, dtype=torch.int32)
+        table = scales.SCALES.numpy()
+        wrong = parallel.ranges(
+            loops.dense_encode,
+            -(-size // self._tile),
+            x,
+            self._tile,
+            self.block,
+            self._alphabet,
+            self.bits >= 4,
+            self._fits().numpy().view(np.int32),
+            table[:-1] + table[1:],
+            table,
+            scales.largest(self._limit),
+            *(self._factor if self.bits < 4 else (1, 1)),
+            scale_B.numpy(),
+            packed.numpy(),
+            values_D.numpy(),
+        )
+        if any(wrong):
+            raise ValueError(NOT_FINITE)
+        return Content(scale_B, packed), values_D
+
+    def _expand_compiled(self, loops: Any, content: Content, size: int) -> Tensor:
+        scale_B, packed = content
+        bits.check_digits(packed, size, self._base)
+        values_D = torch.empty(size, dtype=torch.int32)
+        wrong = parallel.ranges(
+            loops.dense_decode,
+            -(-size // self._tile),
+            packed.numpy(),
+            self._tile,
+            self.block,
+            self._alphabet,
+            scale_B.numpy(),
+            values_D.numpy(),
+        )
+        for problem in filter(None, wrong):
+            raise PayloadError(_PROBLEMS[problem])
+        return values_D
+
+    @property
+    def _tile(self) -> int:
+        """Return how many elements the compiled loops take at once: whole blocks, whole bytes."""
+        block = self.block or 1024
+        return 5 * block * max(2048 // block, 1)
 
     @property
     def _top(self) -> int:
@@ -183,7 +253,7 @@ class Dense:
         for start in range(0, len(x_D), step):
             slab_D = x_D[start : start + step].abs()
             if not bool(torch.isfinite(slab_D).all()):
-                raise ValueError("cannot encode a vector with NaN or infinite elements")
+                raise ValueError(NOT_FINITE)
             rows_BK = torch.nn.functional.pad(slab_D, (0, -len(slab_D) % row)).reshape(-1, row)
             measured.append(rows_BK.amax(1) if by_largest else _sums(rows_BK))
         if not measured:

@@ -12,15 +12,16 @@ stands for ±(2j + 1)·u. With one bit u is the mean magnitude. At 1/64 density 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shoal.compression import bits, entropy
+from shoal.compression import bits, entropy, parallel
 from shoal.compression.codec import INT32_MAX, Decoded, Encoded, PayloadError, codec
 
 VERSION = 0
+NOT_FINITE = "cannot encode a vector with NaN or infinite elements"
 TOP_EXPONENT = 23
 """255 · 2^23 is the largest unit within int32."""
 
@@ -72,35 +73,26 @@ class Sparse:
     def encode(self, x_D: Tensor, *, key: int = 0) -> Encoded:
         """Keep the top of each chunk."""
         size = len(x_D)
-        if not bool(torch.isfinite(x_D).all()):
-            raise ValueError("cannot encode a vector with NaN or infinite elements")
-        index_K = self._top(x_D.abs())
-        x_K = x_D[index_K]
-        twice_K = (2 * x_K.abs()).clamp(max=2.0**32).to(torch.int64)  # ⌊2|x|⌋: sums are exact
-        counts_C = self._counts(size, x_D.device)
-        chunk_K = torch.repeat_interleave(counts_C)
-        mantissa_C, exponent_C = self._units(twice_K, counts_C, chunk_K)
-        unit_K = (mantissa_C << exponent_C)[chunk_K]
-        used_K = unit_K > 0
-        level_K = (twice_K // (4 * unit_K).clamp(min=1)).clamp(max=self._levels - 1)
-        level_K = torch.where(used_K, level_K, 0)
-        minus_K = (x_K < 0) & used_K
-        # A chunk whose unit rounds to zero keeps its first elements: one canonical form.
-        index_K = torch.where(used_K, index_K, self._first(counts_C, chunk_K))
-        kept = Kept(
-            mantissa_C.to(torch.uint8),
-            exponent_C.to(torch.uint8),
-            index_K,
-            minus_K.to(torch.uint8),
-            level_K.to(torch.uint8),
-        )
-        return Encoded(self.pack(kept, size), self._decoded(kept, unit_K, size))
+        loops = parallel.kernels(size, x_D)
+        if loops and size % self.chunk == 0:
+            kept, values_K = self._choose_compiled(loops, x_D.contiguous())
+        elif loops:  # the last chunk is shorter: by itself
+            split = size - size % self.chunk
+            kept, values_K = self._choose_compiled(loops, x_D[:split].contiguous())
+            last, last_K = self._choose(x_D[split:])
+            last = last._replace(index_K=last.index_K + split)
+            kept = Kept(*(torch.cat(both) for both in zip(kept, last, strict=True)))
+            values_K = torch.cat((values_K, last_K))
+        else:
+            kept, values_K = self._choose(x_D)
+        return Encoded(self.pack(kept, size), Decoded(size, values_K, kept.index_K))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
         """Return the kept elements; the rest is not touched."""
         kept = self.unpack(payload, size, device)
         counts_C = self._counts(size, kept.index_K.device)
-        return self._decoded(kept, _units_of(kept)[torch.repeat_interleave(counts_C)], size)
+        unit_K = _units_of(kept)[torch.repeat_interleave(counts_C)]
+        return Decoded(size, _values(kept, unit_K), kept.index_K)
 
     def bound(self, size: int) -> int:
         """Return the size under the worst placing of the kept elements."""
@@ -166,10 +158,57 @@ class Sparse:
         self._check(kept, counts_C)
         return kept
 
-    def _decoded(self, kept: Kept, unit_K: Tensor, size: int) -> Decoded:
-        sign_K = 1 - 2 * kept.minus_K.to(torch.int64)
-        values_K = sign_K * (2 * kept.level_K.to(torch.int64) + 1) * unit_K
-        return Decoded(size, values_K.to(torch.int32), kept.index_K)
+    def _choose(self, x_D: Tensor) -> tuple[Kept, Tensor]:
+        """Return what to keep of a vector, and the values that stand for it."""
+        size = len(x_D)
+        if not bool(torch.isfinite(x_D).all()):
+            raise ValueError(NOT_FINITE)
+        index_K = self._top(x_D.abs())
+        x_K = x_D[index_K]
+        twice_K = (2 * x_K.abs()).clamp(max=2.0**32).to(torch.int64)  # ⌊2|x|⌋: sums are exact
+        counts_C = self._counts(size, x_D.device)
+        chunk_K = torch.repeat_interleave(counts_C)
+        mantissa_C, exponent_C = self._units(twice_K, counts_C, chunk_K)
+        unit_K = (mantissa_C << exponent_C)[chunk_K]
+        used_K = unit_K > 0
+        level_K = (twice_K // (4 * unit_K).clamp(min=1)).clamp(max=self._levels - 1)
+        level_K = torch.where(used_K, level_K, 0)
+        minus_K = (x_K < 0) & used_K
+        # A chunk whose unit rounds to zero keeps its first elements: one canonical form.
+        index_K = torch.where(used_K, index_K, self._first(counts_C, chunk_K))
+        kept = Kept(
+            mantissa_C.to(torch.uint8),
+            exponent_C.to(torch.uint8),
+            index_K,
+            minus_K.to(torch.uint8),
+            level_K.to(torch.uint8),
+        )
+        return kept, _values(kept, unit_K)
+
+    def _choose_compiled(self, loops: Any, x_D: Tensor) -> tuple[Kept, Tensor]:
+        """Do the same, of whole chunks."""
+        chunks, count = len(x_D) // self.chunk, self._kept(len(x_D))
+        kept = Kept(
+            torch.empty(chunks, dtype=torch.uint8),
+            torch.empty(chunks, dtype=torch.uint8),
+            torch.empty(count, dtype=torch.int64),
+            torch.empty(count, dtype=torch.uint8),
+            torch.empty(count, dtype=torch.uint8),
+        )
+        values_K = torch.empty(count, dtype=torch.int32)
+        wrong = parallel.ranges(
+            loops.sparse_encode,
+            chunks,
+            x_D.numpy(),
+            self.chunk,
+            self._keep(self.chunk),
+            self._levels,
+            *(part.numpy() for part in kept),
+            values_K.numpy(),
+        )
+        if any(wrong):
+            raise ValueError(NOT_FINITE)
+        return kept, values_K
 
     def _indices(self, gap_K: Tensor, counts_C: Tensor, size: int) -> Tensor:
         """Return the index of each kept element, refusing any that leaves its chunk."""
@@ -264,6 +303,11 @@ class Sparse:
 
 def _units_of(kept: Kept) -> Tensor:
     return kept.mantissa_C.to(torch.int64) << kept.exponent_C.to(torch.int64)
+
+
+def _values(kept: Kept, unit_K: Tensor) -> Tensor:
+    sign_K = 1 - 2 * kept.minus_K.to(torch.int64)
+    return (sign_K * (2 * kept.level_K.to(torch.int64) + 1) * unit_K).to(torch.int32)
 
 
 def _top_of_rows(rows_CN: Tensor, keep: int) -> Tensor:

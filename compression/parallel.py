@@ -1,0 +1,50 @@
+"""When a vector is worth compiled loops (kernels.py), and how they are spread over threads.
+
+Numba takes most of a second to import and its loops run on the CPU alone, so only large vectors
+that lie there use it; everything else takes the torch code beside it, which gives equal results.
+"""
+
+import importlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+LARGE = 1 << 18
+"""Elements from which the compiled loops are used."""
+
+T = TypeVar("T")
+
+
+def kernels(count: int, *vectors: Tensor) -> Any:
+    """Return the module of compiled loops if it serves `count` elements of these, else None."""
+    if count < LARGE or any(v.device.type != "cpu" for v in vectors):
+        return None
+    return _compiled()
+
+
+def ranges(work: Callable[..., T], count: int, *arguments: object) -> list[T]:
+    """Call `work(start, end, *arguments)` on equal parts of [0, count), one a thread, in order."""
+    threads = max(min(torch.get_num_threads(), count), 1)
+    ends = [count * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        return [work(0, count, *arguments)]
+    calls = [_pool(threads).submit(work, start, end, *arguments) for start, end in pairwise(ends)]
+    return [call.result() for call in calls]
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="shoal-kernel")
+
+
+@cache
+def _compiled() -> Any:
+    try:
+        return importlib.import_module("shoal.compression.kernels")
+    except ImportError:  # numba is not there for this machine; torch serves
+        return None
