@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from shoal.compression import codec
 from shoal.compression.settings import SettingError, build, fill, unknown
-from shoal.training import optimizer, presets, rules, schedule, tables, task
+from shoal.training import control, optimizer, presets, rules, schedule, tables, task
 from shoal.training.feedback import FeedbackSettings
 
 T = TypeVar("T")
@@ -93,9 +93,9 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
     if exchange.rule not in rules.TURN_RULES:
         raise unknown("exchange.rule", exchange.rule, rules.TURN_RULES)
     inner, curve = _optimizer(local.optimizer, run.turns)
-    if exchange.control != "ef14":
+    if reason := control.ledger(exchange.control):
         raise SettingError(
-            f"exchange.control = {exchange.control!r} cannot be used with the ledger: "
+            f"exchange.control = {exchange.control!r} cannot be used with the ledger: {reason}"
         )
     update, feedback = _update(exchange.update)
     return RunSpec(
