@@ -35,6 +35,7 @@ def test_defaults_are_filled_in() -> None:
         "density": 1 / 64,
         "bits": 1,
         "chunk": 4096,
+        "entropy": "auto",
     }
     dense = RunSpec.parse(
         {
