@@ -36,7 +36,7 @@ def load(place: Place) -> Blocks:
     train: list[bytes] = []
     held_out: dict[int, bytes] = {}
     total = 0
-    for path in _files(place.data):
+    for path in files(place.data):
         content = _read(path)
         if b"\0" in content[:BLOCK]:
             continue  # not text
@@ -80,7 +80,8 @@ def _hash(content: bytes, purpose: bytes, seed: int) -> int:
     return int.from_bytes(found.digest(), "little")
 
 
-def _files(data: str | None) -> Iterator[Path]:
+def files(data: str | None) -> Iterator[Path]:
+    """Yield what `--data` names, or the modules of this Python's own library, in order."""
     if data is None:
         yield from sorted(_walk(Path(sysconfig.get_paths()["stdlib"]), ".py"))
         return

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,8 +44,17 @@ CASES: list[Case] = [
     ("dense", {"levels": 2}),
     ("dense", {"bits": 4}),
     ("dense", {"bits": 8}),
+    ("topk", {}),
+    ("topk", {"select": "threshold"}),
+    ("topk", {"density": 0.05}),
+    ("kmeans", {}),
+    ("kmeans", {"density": 0.01}),
+    ("fp4", {"format": "e3m0"}),
+    ("fp4", {"format": "e2m1"}),
 ]
 """Settings worth seeing; codecs that are not here are measured with their defaults."""
+PLACES = ("place", "index", "rows")
+"""What streams of increasing places are called where codecs unpack their payloads."""
 INPUTS = ("gaussian", "heavy", "real")
 MOST_BITS = 0.14
 """Per parameter, of the default sparse form (entropy 0.1307)."""
@@ -233,6 +243,7 @@ class Recorded:
         from shoal.compression import codec
         from shoal.node.swarm import adapt, read_run
         from shoal.training.exchange import Arrived
+        from shoal.training.parameters import Parameters
         from shoal.training.run import RunSpec
         from shoal.training.trainer import Setup, Trainer
 
@@ -258,9 +269,7 @@ class Recorded:
             sent = part.decode(turned.payload, trainer.parameters).dense()
             scale = 2.0**spec.exchange.quantum_bits / 4
             updates.append(residual_D * scale + sent)
-        # As the layout has them: sorted by name.
-        named = sorted(trainer.model.named_parameters())
-        return cls(updates, tuple(tuple(p.shape) for _, p in named))
+        return cls(updates, Parameters(trainer.model).layout.shapes)
 
     def vector(self, size: int) -> Vector:
         """Return `size` elements: the last update, then those before it, then all again."""
@@ -407,51 +416,40 @@ def _squares(x_D: "Tensor") -> float:
 
 def entropy(part: "Codec", payload: bytes, size: int) -> float:
     """Return the bits that the streams of a payload need at least, each by itself."""
-    content = getattr(part, "unpack")(payload, size)  # noqa: B009  all have it; no contract yet
-    return sum(_stream(stream, getattr(part, "chunk", 0), size) for stream in _streams(content))
+    content = getattr(part, "unpack")(payload, size)  # noqa: B009  what contract tests use too
+    chunk = getattr(part, "chunk", 0)
+    return sum(
+        _places(stream, chunk, size) if name.startswith(PLACES) else _order_0(stream)
+        for name, stream in _streams("", content)
+    )
 
 
-def _streams(content: Any) -> Iterator[Any]:
-    """Yield the tensors of a payload's content; lists of numbers count as tensors."""
+def _streams(name: str, content: Any) -> "Iterator[tuple[str, Tensor]]":
+    """Yield field and tensor of all that a payload says; single numbers cost next to nothing."""
     import torch
 
     if isinstance(content, torch.Tensor):
-        yield content.reshape(-1) if content.ndim != 2 else content
-    elif isinstance(content, list | tuple):
-        if content and all(isinstance(item, int) for item in content) and type(content) is list:
-            yield torch.tensor(content)
-        else:
-            for item in content:
-                yield from _streams(item)
+        yield name, content.reshape(-1)
+    elif isinstance(content, list):
+        yield name, torch.tensor(content)
+    elif isinstance(content, tuple):
+        fields = getattr(content, "_fields", [name] * len(content))
+        for each, item in zip(fields, content, strict=True):
+            yield from _streams(each, item)
 
 
-def _stream(symbols: "Tensor", chunk: int, size: int) -> float:
-    if not symbols.numel():
+def _places(place_K: "Tensor", chunk: int, size: int) -> float:
+    """Return log2 of the number of ways to place so many: in every chunk, or in the whole."""
+    if not len(place_K):
         return 0.0
-    rows = symbols if symbols.ndim == 2 else symbols[None]
-    if rows.dtype == _int64() and rows.shape[1] > 1 and bool((rows.diff(dim=1) > 0).all()):
-        return _places(rows, chunk, size)
-    return _order_0(symbols.reshape(-1))
-
-
-def _int64() -> Any:
-    import torch
-
-    return torch.int64
-
-
-def _places(rows: "Tensor", chunk: int, size: int) -> float:
-    """Return log2 of the number of ways to place so many, per chunk or row."""
-    if len(rows) > 1 or not chunk:
-        # Of a whole vector's elements, or of some other units: then as many as are used.
-        among = size if len(rows) == 1 and int(rows.max()) * 2 > size else int(rows.max()) + 1
-        return len(rows) * _log2_choose(among, rows.shape[1])
-    counts = (rows[0] // chunk).bincount(minlength=-(-size // chunk)).tolist()
+    last = int(place_K.max())
+    if not chunk:
+        # Of the vector's elements; or of other units, such as rows: then as many as are used.
+        return _log2_choose(size if 2 * last > size else last + 1, len(place_K))
+    counts = (place_K // chunk).bincount(minlength=-(-size // chunk)).tolist()
     lengths = [min(chunk, size - start) for start in range(0, size, chunk)]
-    kinds: dict[tuple[int, int], int] = {}
-    for pair in zip(lengths, counts, strict=True):
-        kinds[pair] = kinds.get(pair, 0) + 1
-    return sum(times * _log2_choose(*pair) for pair, times in kinds.items())
+    kinds = Counter(zip(lengths, counts, strict=True))
+    return sum(times * _log2_choose(*kind) for kind, times in kinds.items())
 
 
 def _log2_choose(n: int, k: int) -> float:

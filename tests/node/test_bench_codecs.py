@@ -40,8 +40,11 @@ def test_entropy_of_levels_is_order_0() -> None:
     assert codecs._order_0(torch.tensor([0, 0, 0, 1], dtype=torch.uint8)) == pytest.approx(
         3 * math.log2(4 / 3) + 2
     )
-    ladder = torch.tensor([[0, 5, 9], [1, 2, 9]])  # two rows of three places among ten
-    assert codecs._stream(ladder, 0, 1000) == pytest.approx(2 * math.log2(math.comb(10, 3)))
+    rows = torch.tensor([0, 5, 9])  # of at least ten rows, in a vector of 1000 elements
+    assert codecs._places(rows, 0, 1000) == pytest.approx(math.log2(math.comb(10, 3)))
+    assert codecs._places(rows, 0, 11) == pytest.approx(math.log2(math.comb(11, 3)))
+    # two of the first eight, one of the last three
+    assert codecs._places(rows, 8, 11) == pytest.approx(math.log2(math.comb(8, 2) * 3))
 
 
 @pytest.mark.parametrize("case", codecs.chosen_cases(None), ids=codecs.label)
