@@ -1,21 +1,16 @@
 """The loops of `selection` over large vectors on the CPU: same results, one pass over memory each.
 
 Threads take equal parts of the vector; what they find is put together in the order of the parts, so
-their number changes nothing. Imported only when a vector is large: numba takes a second to load.
+their number changes nothing. Import this through `selection` alone.
 """
 
-import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.compression import selection
+from shoal.compression import parallel, selection
+from shoal.compression.kernels import _compiled as compiled
 
 Bits = NDArray[np.int32]
 LOW = 15
@@ -50,10 +45,13 @@ def between(x_D: Tensor, least: int, below: int, most: int) -> Tensor | None:
 def _histogram(x_D: Tensor, shift: int, start: int, end: int) -> NDArray[np.int64]:
     """Count the magnitudes from `start` to `end` by their bits from `shift` up."""
     bits = x_D.view(torch.int32).numpy()
-    counts = np.zeros((len(_parts(len(bits))), min(end - start, 1 << 31) >> shift), np.int64)
-    _everywhere(len(bits), lambda i, part: _count(bits[part], shift, start, end - 1, counts[i]))
-    total: NDArray[np.int64] = counts.sum(0)
-    return total
+
+    def count(first: int, last: int) -> NDArray[np.int64]:
+        counts = np.zeros(min(end - start, 1 << 31) >> shift, np.int64)
+        _count(bits[first:last], shift, start, end - 1, counts)
+        return counts
+
+    return sum(parallel.ranges(count, len(bits)), np.zeros(1, np.int64))
 
 
 def _bucket(counts: NDArray[np.int64], keep: int) -> tuple[int, int]:
@@ -66,36 +64,24 @@ def _bucket(counts: NDArray[np.int64], keep: int) -> tuple[int, int]:
 def _collect(x_D: Tensor, least: int, below: int, most: int) -> tuple[Tensor, int, int]:
     """Return the first `most` indices in range, how many there are in all, the largest bits."""
     bits = x_D.view(torch.int32).numpy()
-    parts = _parts(len(bits))
-    # Pages that nothing is written to take no memory.
-    found = [np.empty(min(most, p.stop - p.start) + 1, np.int32) for p in parts]
-    results = _everywhere(
-        len(bits), lambda i, part: _pick(bits[part], least, below - 1, most, found[i])
-    )
-    index = np.empty(min(sum(count for count, _ in results), most), np.int64)
-    at = 0
-    for part, (count, _), places in zip(parts, results, found, strict=True):
+
+    def pick(first: int, last: int) -> tuple[int, Bits, int, int]:
+        # Pages that nothing is written to take no memory.
+        found = np.empty(min(most, last - first) + 1, np.int32)
+        count, largest = _pick(bits[first:last], least, below - 1, most, found)
+        return first, found, count, largest
+
+    parts = parallel.ranges(pick, len(bits))
+    total = sum(count for _, _, count, _ in parts)
+    index, at = np.empty(min(total, most), np.int64), 0
+    for first, found, count, _ in parts:
         taken = min(count, len(index) - at)
-        np.add(places[:taken], part.start, out=index[at : at + taken])
+        np.add(found[:taken], first, out=index[at : at + taken], dtype=np.int64)
         at += taken
-    total, largest = sum(c for c, _ in results), max(worst for _, worst in results)
-    return torch.from_numpy(index), total, largest
+    return torch.from_numpy(index), total, max(largest for _, _, _, largest in parts)
 
 
-def _parts(size: int) -> list[slice]:
-    threads = torch.get_num_threads()
-    edges = [size * i // threads for i in range(threads + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
-
-
-def _everywhere(size: int, work: Callable[[int, slice], Any]) -> list[Any]:
-    """Return what `work(i, part)` returns for every part, each on its own thread."""
-    parts = _parts(size)
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return list(pool.map(work, range(len(parts)), parts))
-
-
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _count(bits: Bits, shift: int, start: int, last: int, counts: NDArray[np.int64]) -> None:
     for i in range(len(bits)):
         m = np.int64(bits[i] & 0x7FFFFFFF)
@@ -103,7 +89,7 @@ def _count(bits: Bits, shift: int, start: int, last: int, counts: NDArray[np.int
             counts[(m - start) >> shift] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _pick(
     bits: Bits, least: int, last: int, most: int, found: NDArray[np.int32]
 ) -> tuple[int, int]:

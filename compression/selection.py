@@ -4,25 +4,25 @@ Magnitudes are compared as the bits of |x|, which order like the numbers: no rou
 every device; NaN and infinity are those from 0x7F800000 up. Among equals the smaller index wins.
 """
 
+import importlib
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.compression import splitmix
+from shoal.compression import parallel, splitmix
 
 INFINITE = 0x7F800000
-LARGE = 1 << 18
-"""Vectors on the CPU of so many elements are worth the loops of `kernels_topk`."""
 TRIES = 10
 SAMPLES = 10_000
 
 
 def top(x_D: Tensor, keep: int) -> Tensor:
     """Return the indices of the `keep` largest |x|, increasing; refuse non-finite elements."""
-    if _large(x_D):
-        from shoal.compression import kernels_topk  # numba takes a second to load
-
-        return kernels_topk.top(x_D, keep)
+    if (loops := _loops(x_D)) is not None:
+        found: Tensor = loops.top(x_D, keep)
+        return found
     bits_D = _checked(magnitude_bits(x_D))
     return top_of_rows(bits_D[None], keep)
 
@@ -100,10 +100,9 @@ def refuse_non_finite(largest_bits: int) -> None:
 
 def _from(x_D: Tensor, least: int, most: int) -> Tensor | None:
     """Return the indices of elements whose bits are `least` or more; None: more than `most` are."""
-    if _large(x_D):
-        from shoal.compression import kernels_topk  # numba takes a second to load
-
-        return kernels_topk.between(x_D, least, INFINITE, most)
+    if (loops := _loops(x_D)) is not None:
+        found: Tensor | None = loops.between(x_D, least, INFINITE, most)
+        return found
     kept_D = _checked(magnitude_bits(x_D)) >= least
     return None if int(kept_D.sum()) > most else kept_D.nonzero().reshape(-1)
 
@@ -113,5 +112,8 @@ def _checked(bits_D: Tensor) -> Tensor:
     return bits_D
 
 
-def _large(x_D: Tensor) -> bool:
-    return x_D.device.type == "cpu" and len(x_D) >= LARGE
+def _loops(x_D: Tensor) -> Any:
+    """Return the compiled loops if they serve this vector, else None."""
+    if parallel.kernels(len(x_D), x_D) is None:
+        return None
+    return importlib.import_module("shoal.compression.kernels_topk")
