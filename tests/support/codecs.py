@@ -23,4 +23,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qsgd", {"bits": 8, "norm": "max", "entropy": "none"}),
     ("fp4", {"format": "e2m1"}),
     ("natural", {"rounding": "nearest"}),
+    ("kmeans", {"density": 0.5, "centroids": 7, "encoding": "huffman"}),
+    ("kmeans", {"encoding": "positions"}),
+    ("kmeans", {"centroids": 2, "encoding": "gaps"}),
 ]
