@@ -183,8 +183,8 @@ class TopK:
         mean = (2 * int(magnitude_K.sum()) + count) // (2 * count)
         if self.bits == 1:
             return mean
-        # With the mean magnitude the first level alone leaves less than everything, so the best
-        # does too: one huge element cannot make the others' error larger than they are.
+        # The unit that reaches one huge element can leave more than there was. With the mean the
+        # first level alone leaves less, so the best of all tried does.
         reach = -(-int(magnitude_K.amax()) // ((1 << self.bits) - 1))
         wanted = [mean, *(reach >> i for i in range(HALVINGS))]
         tried: set[int] = {min(unit, self._most) for unit in wanted if unit}
