@@ -55,7 +55,7 @@ def png(path: Path, panels: Sequence[Panel]) -> None:
     names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
     colours = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"].colors
     styles = dict(zip(names, itertools.cycle(colours), strict=False))
-    shapes = {name: "osD^vPX*"[place // len(colours) % 8] for place, name in enumerate(names)}
+    shapes = dict(zip(names, itertools.cycle("osD^vPX*"), strict=False))
     figure: Any = figure_class(figsize=(6.5 * len(panels), 5.0), layout="constrained")
     canvas(figure)
     for place, panel in enumerate(panels, start=1):
@@ -63,12 +63,18 @@ def png(path: Path, panels: Sequence[Panel]) -> None:
         for line in panel.lines:
             x, y = _drawable(panel, line)
             style = {"color": styles[line.name], "label": line.name, "marker": shapes[line.name]}
-            axes.plot(x, y, linestyle="-" if line.joined else "none", markersize=4, **style)
+            axes.plot(x, y, linestyle="-" if line.joined else "none", markersize=5, **style)
+            if not line.joined:
+                for point in zip(x, y, strict=True):
+                    axes.annotate(
+                        line.name, point, (4, 4), textcoords="offset points", fontsize="x-small"
+                    )
         axes.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
         axes.set_xscale("log" if panel.log_x else "linear")
         axes.set_yscale("log" if panel.log_y else "linear")
         axes.grid(alpha=0.3)
-        if place == len(panels) and len(names) > 1:
+        joined = any(line.joined for line in panel.lines)  # single points have their names beside
+        if place == len(panels) and len(names) > 1 and joined:
             axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     try:
         figure.savefig(path, dpi=120, format="png")

@@ -60,7 +60,7 @@ class Plan:
     """Windows by which the table is made."""
 
 
-FULL = Plan(layers=4, width=128, before=1000, tuning=400, validation=256, test=1024)
+FULL = Plan(layers=3, width=96, before=1000, tuning=400, validation=256, test=768)
 QUICK = Plan(layers=2, width=32, before=60, tuning=60, validation=64, test=128)
 
 
