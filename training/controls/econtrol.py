@@ -23,8 +23,8 @@ from torch import Tensor
 from shoal.training.control import MIXING, Seat, check_codec, control
 from shoal.training.frames import Streams, add
 
-FOLLOW = 0.1
-"""How fast the measured contraction follows."""
+LEAST = 1e-4
+"""Contractions below this count as this much."""
 
 
 @control("econtrol")
@@ -35,20 +35,23 @@ class EControl(Streams):
     wants: ClassVar[str] = "contractive"
 
     def __init__(self, seat: Seat, *, eta: float = 0.0) -> None:
-        """`eta`: η, the dose; 0: the codec's contraction δ, measured on what is sent."""
+        """`eta`: η, the dose; 0: `papers_eta` of the least contraction measured on frames.
+
+        A larger dose than the theory's makes it diverge with large steps, as EF14 does.
+        """
         super().__init__(seat)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta}; use one in (0, 1], or 0 to have it measured")
         check_codec("econtrol", self.wants, seat.codec)
         self.eta = eta
-        self.measured = 0.0
-        """Moving average of 1 - ‖C(u) - u‖²/‖u‖²; 0 before the first frame."""
+        self.measured = 1.0
+        """The least 1 - ‖C(u) - u‖²/‖u‖² of a frame so far: the codec's δ is at most that."""
         self.error: Tensor | None = None
 
     def publish(self, vector_D: Tensor, *, key: int = 0) -> bytes:
         """Return the frame of C(η·e + g - h_i)."""
         e_D = self.seat.zeros() if self.error is None else self.error
-        u_D = (self.eta or min(1.0, self.measured)) * e_D + vector_D - self.own()
+        u_D = (self.eta or papers_eta(self.measured)) * e_D + vector_D - self.own()
         encoded = self.seat.codec.encode(u_D, key=key)
         h_D = self.own().clone()
         add(h_D, encoded.decoded)
@@ -60,14 +63,13 @@ class EControl(Streams):
         whole, left = float(u_D.square().sum()), float(left_D.square().sum())
         if not whole:
             return self.measured
-        delta = max(0.0, 1 - left / whole)
-        return delta if not self.measured else self.measured + FOLLOW * (delta - self.measured)
+        return min(self.measured, max(LEAST, 1 - left / whole))
 
     def _keep_private(self, memory: tuple[Tensor, float]) -> None:
         self.error, self.measured = memory
 
     def _forget_private(self) -> None:
-        self.error, self.measured = None, 0.0
+        self.error, self.measured = None, 1.0
 
     def _private(self) -> dict[str, Tensor]:
         return {} if self.error is None else {"error": self.error}

@@ -25,7 +25,7 @@ from torch import Tensor
 from shoal.compression.codec import PayloadError
 from shoal.training.control import MIXING, Seat, check_codec, control
 from shoal.training.controls.ef21 import smoothed
-from shoal.training.frames import Streams
+from shoal.training.frames import Frame, Streams
 
 
 @control("ef21-w")
@@ -82,13 +82,15 @@ class Ef21W(Streams):
                 self.replicas[author] *= old / new
                 self.scales[author] = new
 
+    def _apply(self, author: bytes, frame: Frame | None) -> None:
+        super()._apply(author, frame)
+        self.stated.setdefault(author, 1.0)  # who never said anything lawful
+
     def _set_extra(self, author: bytes, extra: bytes) -> None:
         # A stranger's zero, infinity or NaN is no smoothness: what it stated before stands.
         value = float(torch.frombuffer(bytearray(extra), dtype=torch.float32)[0])
         if 1e-30 < value < 1e30:
             self.stated[author] = value
-        else:
-            self.stated.setdefault(author, 1.0)
 
     def _shared(self) -> dict[str, Tensor]:
         authors = sorted(self.stated)
@@ -102,21 +104,20 @@ class Ef21W(Streams):
     def _check_shared(self, shared: Mapping[str, Tensor], authors: list[bytes]) -> None:
         for author in authors:
             self._check_vector(shared, f"replica/{author.hex()}")
-        scales = [t for name, t in shared.items() if name.startswith("scale/")]
-        for pair in scales:
-            fits = pair.shape == (2,) and pair.dtype == torch.float64
-            if not fits or not bool(((pair > 1e-60) & (pair < 1e60)).all()):
+            pair = shared.get(f"scale/{author.hex()}")
+            if pair is None or pair.shape != (2,) or pair.dtype != torch.float64:
+                raise PayloadError("an author in the keyframe has no scale")
+            if not bool(((pair > 1e-60) & (pair < 1e60)).all()):
                 raise PayloadError("a scale in the keyframe is out of range")
-        if len(shared) != 2 + len(authors) + len(scales) or len(scales) > len(authors):
+        if len(shared) != 2 + 2 * len(authors):
             raise PayloadError("the keyframe has more than one replica an author")
 
     def _take_shared(self, shared: Mapping[str, Tensor], counts: Mapping[bytes, int]) -> None:
         newer = [a for a, count in counts.items() if count > self.counts.get(a, 0)]
         super()._take_shared(shared, counts)
         for author in newer:
-            pair = shared.get(f"scale/{author.hex()}")
-            if pair is not None:
-                self.stated[author], self.scales[author] = float(pair[0]), float(pair[1])
+            pair = shared[f"scale/{author.hex()}"]
+            self.stated[author], self.scales[author] = float(pair[0]), float(pair[1])
 
     def _set_shared(self, shared: Mapping[str, Tensor]) -> None:
         super()._set_shared(shared)
