@@ -15,6 +15,7 @@ from shoal.compression.codec import PayloadError
 
 SLAB = 1 << 20
 """Loops in torch take so many elements at a time, so that no temporary is as large as the model."""
+_WHOLE = {16: torch.int16, 32: torch.int32}
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -60,6 +61,8 @@ def pack(values_N: Tensor, width: int) -> Tensor:
         return values_N.to(torch.uint8)
     if width == 1:
         return pack_bits(values_N)
+    if width in _WHOLE:  # little-endian, as all machines that torch runs on
+        return values_N.to(_WHOLE[width]).view(torch.uint8)
     shifts = torch.arange(width, dtype=torch.int64, device=values_N.device)
     parts = []
     for start in range(0, len(values_N), SLAB):  # a slab of 8 n elements ends at a byte
@@ -76,6 +79,9 @@ def unpack(data: Tensor, count: int, width: int) -> Tensor:
         )
     if width == 8:
         return data.to(torch.int64)
+    if width in _WHOLE:
+        whole = data.clone().view(_WHOLE[width])  # the copy begins at a multiple of its width
+        return whole.to(torch.int64) & ((1 << width) - 1)
     values_N = torch.zeros(count, dtype=torch.int64, device=data.device)
     shifts = torch.arange(width, device=data.device)
     for start in range(0, count, SLAB):
@@ -165,8 +171,8 @@ class Reader:
     """Takes a payload apart front to back; asking for more than there is raises PayloadError."""
 
     def __init__(self, payload: bytes, device: torch.device | str = "cpu") -> None:
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else _EMPTY
-        self._left = data.to(device)
+        # A copy, because the bytes may not be written to, which torch does not know.
+        self._left = torch.from_numpy(np.frombuffer(payload, np.uint8).copy()).to(device)
 
     def __len__(self) -> int:
         return len(self._left)
@@ -190,6 +196,3 @@ class Reader:
         """Refuse trailing bytes."""
         if len(self._left):
             raise PayloadError(f"{len(self._left)} bytes too many")
-
-
-_EMPTY = torch.zeros(0, dtype=torch.uint8)

@@ -165,7 +165,7 @@ def rice_decode(reader: bits.Reader, count: int, b: int, total: int) -> Tensor:
     low, unary = data[:split], data[split:]
     if loops := parallel.kernels(_RICE * count, data):
         bits.check_padding(low, count * b)
-        values_N = torch.empty(count, dtype=torch.int64)
+        values_N = parallel.empty(count, torch.int64)
         found = loops.rice_decode(low.numpy(), unary.numpy(), b, values_N.numpy())
     else:
         ends = bits.unpack_bits(unary, 8 * len(unary)).nonzero().reshape(-1)
@@ -298,7 +298,7 @@ def _encode_compiled(
     parallel.ranges(loops.huffman_sizes, segments, data, width, size_S.numpy())
     place_S = torch.nn.functional.pad(torch.cumsum(size_S, 0), (1, 0))
     front = torch.cat((head, bits.pack(size_S, 16)))
-    stream = torch.empty(len(front) + int(place_S[-1]), dtype=torch.uint8)
+    stream = parallel.empty(len(front) + int(place_S[-1]), torch.uint8)
     stream[: len(front)] = front
     place_S += len(front)
     parallel.ranges(
@@ -393,7 +393,7 @@ def _decode_compiled(
     place_S = torch.nn.functional.pad(torch.cumsum(sizes_S, 0), (1, 0)).numpy()
     long = words.numpy().astype(np.uint16)
     short = np.where(long[: 1 << 11] >> 8 <= 11, long[: 1 << 11], 0).astype(np.uint16)
-    data_N = torch.empty(count, dtype=torch.uint8)
+    data_N = parallel.empty(count, torch.uint8)
     wrong = parallel.ranges(
         loops.huffman_decode,
         len(sizes_S),

@@ -82,10 +82,8 @@ class Dense:
             content, values_D = self._encode_compiled(loops, x_D.contiguous())
             return Encoded(self.pack(content, len(x_D)), Decoded(len(x_D), values_D))
         scale_B = self._scales(x_D)
-        packed = torch.empty(
-            bits.digit_bytes(len(x_D), self._base), dtype=torch.uint8, device=x_D.device
-        )
-        values_D = torch.empty(len(x_D), dtype=torch.int32, device=x_D.device)
+        packed = parallel.empty(bits.digit_bytes(len(x_D), self._base), torch.uint8, x_D.device)
+        values_D = parallel.empty(len(x_D), torch.int32, x_D.device)
         each = bits.per_byte(self._base)
         for start in range(0, len(x_D), _SLAB):
             slab_D = x_D[start : start + _SLAB]
@@ -140,7 +138,7 @@ class Dense:
         scale_B, packed = content
         if loops := parallel.kernels(size, packed):
             return self._expand_compiled(loops, content, size)
-        values_D = torch.empty(size, dtype=torch.int32, device=packed.device)
+        values_D = parallel.empty(size, torch.int32, packed.device)
         each = bits.per_byte(self._base)
         for start in range(0, size, _SLAB):
             count = min(_SLAB, size - start)
@@ -167,8 +165,8 @@ class Dense:
                 raise ValueError(NOT_FINITE)
             measure = float(largest) if self.bits >= 4 else sum(total for _, total in found)
             scale_B[0] = self._scale(measure, size)
-        packed = torch.empty(bits.digit_bytes(size, self._base), dtype=torch.uint8)
-        values_D = torch.empty(size, dtype=torch.int32)
+        packed = parallel.empty(bits.digit_bytes(size, self._base), torch.uint8)
+        values_D = parallel.empty(size, torch.int32)
         table = scales.SCALES.numpy()
         wrong = parallel.ranges(
             loops.dense_encode,
@@ -194,7 +192,7 @@ class Dense:
     def _expand_compiled(self, loops: Any, content: Content, size: int) -> Tensor:
         scale_B, packed = content
         bits.check_digits(packed, size, self._base)
-        values_D = torch.empty(size, dtype=torch.int32)
+        values_D = parallel.empty(size, torch.int32)
         wrong = parallel.ranges(
             loops.dense_decode,
             -(-size // self._tile),

@@ -191,7 +191,7 @@ class Sparse:
         kept = Kept(
             torch.empty(chunks, dtype=torch.uint8),
             torch.empty(chunks, dtype=torch.uint8),
-            torch.empty(count, dtype=torch.int64),
+            parallel.empty(count, torch.int64),
             torch.empty(count, dtype=torch.uint8),
             torch.empty(count, dtype=torch.uint8),
         )
