@@ -336,6 +336,7 @@ def _main() -> None:
     end_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     question = json.load(sys.stdin)
+    sys.stdout = sys.stderr  # a task is anybody's code, and may print
     try:
         if "check" in question:
             for job in question["check"]:
@@ -437,8 +438,11 @@ def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+_ANSWERS: IO[str] = sys.stdout
+
+
 def _tell(answer: Mapping[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
+    print(json.dumps(answer), file=_ANSWERS, flush=True)
 
 
 if __name__ == "__main__":
