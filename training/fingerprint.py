@@ -1,14 +1,17 @@
 """A 128-bit linear hash of the model: two lanes of Σᵢ modelᵢ · rₗ(i) mod 2⁶⁴ (design 3.4).
 
 Because it is linear, an update changes it by a sum over the elements it touches. The multipliers
-are odd numbers from SplitMix64 in counter form, in wrapping 64-bit integers:
-`r(i) = mix(key + (i + 1)·0x9E3779B97F4A7C15) | 1`, one key per lane.
+are odd numbers from SplitMix64 in counter form (compression/splitmix.py), one key per lane:
+`r(i) = out(i) | 1`.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from shoal.compression import parallel, splitmix
 
 Lanes = tuple[int, int]
 
@@ -20,26 +23,14 @@ CACHED = 1 << 22
 """Models up to so many parameters keep their multipliers in memory (16 bytes each)."""
 
 
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-_STEP = _signed(0x9E3779B97F4A7C15)
-_MUL1 = _signed(0xBF58476D1CE4E5B9)
-_MUL2 = _signed(0x94D049BB133111EB)
-
-
-def _shift(z: Tensor, by: int) -> Tensor:
-    """Shift right without the sign."""
-    return (z >> by) & ((1 << (64 - by)) - 1)
-
-
 def multipliers(lane: int, indices: Tensor) -> Tensor:
     """Return r(i) of a lane for int64 indices."""
-    z = (indices + 1) * _STEP + _signed(KEYS[lane])
-    z = (z ^ _shift(z, 30)) * _MUL1
-    z = (z ^ _shift(z, 27)) * _MUL2
-    return (z ^ _shift(z, 31)) | 1
+    return splitmix.at(KEYS[lane], indices) | 1
+
+
+def keys() -> tuple[np.uint64, np.uint64]:
+    """Return the keys as the compiled loops take them."""
+    return np.uint64(KEYS[0]), np.uint64(KEYS[1])
 
 
 def add(a: Lanes, b: Lanes) -> Lanes:
@@ -53,35 +44,49 @@ def negate(a: Lanes) -> Lanes:
 
 
 class Fingerprint:
-    """Computes fingerprints of int32 vectors of one size on one device."""
+    """Computes fingerprints of int32 vectors of one size, and of parts of them, on one device."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self._size = size
         self._device = device
-        self._cache = self._generate(0, size) if size <= CACHED else None
+        self._cache: tuple[Tensor, Tensor] | None = None
 
-    def of(self, values_D: Tensor) -> Lanes:
-        """Return the fingerprint of a whole vector, or of a change that touches everything."""
+    def of(self, values: Tensor, start: int = 0) -> Lanes:
+        """Return the fingerprint of a vector that is zero but for `values` from index `start`."""
         total: Lanes = (0, 0)
-        for start, lanes in self._chunks():
-            part = values_D[start : start + CHUNK].to(torch.int64)
+        if values.dtype == torch.int32 and (loops := parallel.kernels(len(values), values)):
+            parts = parallel.ranges(
+                loops.lanes, len(values), values.contiguous().numpy(), start, *keys()
+            )
+            for first, second in parts:
+                total = add(total, (int(first), int(second)))
+            return total
+        for at, lanes in self._chunks(start, start + len(values)):
+            part = values[at - start : at - start + CHUNK].to(torch.int64)
             total = add(total, _dot(part, lanes))
         return total
 
     def at(self, indices: Tensor, values: Tensor) -> Lanes:
         """Return the fingerprint of a vector that is zero but for `values` at `indices`."""
         wide = values.to(torch.int64)
-        if self._cache is not None:
-            return _dot(wide, (self._cache[0][indices], self._cache[1][indices]))
+        if self._size <= CACHED:
+            first, second = self._cached()
+            return _dot(wide, (first[indices], second[indices]))
         return _dot(wide, (multipliers(0, indices), multipliers(1, indices)))
 
-    def _chunks(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        for start in range(0, self._size, CHUNK):
-            end = min(start + CHUNK, self._size)
-            if self._cache is None:
-                yield start, self._generate(start, end)
+    def _chunks(self, start: int, end: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        for low in range(start, end, CHUNK):
+            high = min(low + CHUNK, end)
+            if self._size <= CACHED:
+                first, second = self._cached()
+                yield low, (first[low:high], second[low:high])
             else:
-                yield start, (self._cache[0][start:end], self._cache[1][start:end])
+                yield low, self._generate(low, high)
+
+    def _cached(self) -> tuple[Tensor, Tensor]:
+        if self._cache is None:
+            self._cache = self._generate(0, self._size)
+        return self._cache
 
     def _generate(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         indices = torch.arange(start, end, dtype=torch.int64, device=self._device)

@@ -5,14 +5,16 @@ fingerprint on every device.
 """
 
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.compression import parallel
 from shoal.compression.codec import Decoded, sum_of_squares
 from shoal.training import fingerprint
-from shoal.training.fingerprint import Fingerprint, Lanes
+from shoal.training.fingerprint import CHUNK, Fingerprint, Lanes
 from shoal.training.rules import TurnRule
 
 HALF = 1 << 30
@@ -67,7 +69,7 @@ class Ledger:
 
     def floats(self, quantum_bits: int) -> Tensor:
         """Return q · model as float32, rounded to nearest even: the same everywhere."""
-        return self.model.to(torch.float32) * 2.0**-quantum_bits
+        return self.model.to(torch.float32).mul_(2.0**-quantum_bits)
 
     def to_bytes(self) -> bytes:
         """Return the integers, little-endian."""
@@ -85,19 +87,56 @@ class Ledger:
         return sum_of_squares(self.model)
 
     def _change(self, update: Decoded, sign: int) -> Lanes:
-        values, indices = update.values, update.indices
-        old = self.model if indices is None else self.model[indices]
-        new = old + values if sign > 0 else old - values  # int32 wraps: mod 2^32
-        moved = new.to(torch.int64) - old
-        self.out_of_range += _beyond(new) - _beyond(old)
-        if indices is None:
-            delta, shift = self._lanes.of(values), self._lanes.of(moved)
-            self.model = new
+        """Add or subtract in place; return the fingerprint of what was added."""
+        touched = len(update.values)
+        if loops := parallel.kernels(touched, self.model, update.values):
+            delta, more = self._change_compiled(loops, update, sign)
+        elif update.indices is None:
+            delta, more = (0, 0), (0, 0)
+            for start in range(0, touched, CHUNK):
+                values = update.values[start : start + CHUNK]
+                place = slice(update.offset + start, update.offset + start + len(values))
+                wrapped = self._move(place, values, sign)
+                delta = fingerprint.add(delta, self._lanes.of(values, place.start))
+                more = fingerprint.add(more, self._lanes.of(wrapped, place.start))
         else:
-            delta, shift = self._lanes.at(indices, values), self._lanes.at(indices, moved)
-            self.model[indices] = new
-        self._running = fingerprint.add(self._running, shift)
-        return delta if sign > 0 else fingerprint.negate(delta)
+            places = update.indices + update.offset
+            wrapped = self._move(places, update.values, sign)
+            delta = self._lanes.at(places, update.values)
+            more = self._lanes.at(places, wrapped)
+        if sign < 0:
+            delta = fingerprint.negate(delta)
+        self._running = fingerprint.add(self._running, fingerprint.add(delta, more))
+        return delta
+
+    def _move(self, places: slice | Tensor, values: Tensor, sign: int) -> Tensor:
+        """Change the model; return by how much more than asked for it moved, where it wrapped."""
+        old = self.model[places].clone()
+        new = old + values if sign > 0 else old - values  # int32 wraps: mod 2^32
+        self.model[places] = new
+        self.out_of_range += _beyond(new) - _beyond(old)
+        return new.to(torch.int64) - old - sign * values.to(torch.int64)
+
+    def _change_compiled(self, loops: Any, update: Decoded, sign: int) -> tuple[Lanes, Lanes]:
+        """Do the same in one pass."""
+        values, keys = update.values.contiguous().numpy(), fingerprint.keys()
+        model, touched = self.model.numpy(), len(values)
+        if update.indices is None:
+            part = model[update.offset : update.offset + touched]
+            found = parallel.ranges(
+                loops.dense_add, touched, part, values, sign, update.offset, *keys
+            )
+        else:
+            indices = update.indices.contiguous().numpy()
+            found = parallel.ranges(
+                loops.sparse_add, touched, model, indices, values, sign, update.offset, *keys
+            )
+        sums = [sum(int(row[i]) for row in found) for i in range(5)]
+        self.out_of_range += sums[4]
+        delta = sums[0] & fingerprint.MASK, sums[1] & fingerprint.MASK
+        if sign < 0:  # as the fingerprint of the values, like the loop in torch
+            delta = fingerprint.negate(delta)
+        return delta, (sums[2] & fingerprint.MASK, sums[3] & fingerprint.MASK)
 
 
 def from_bytes(data: bytes, size: int) -> Tensor:
@@ -119,4 +158,8 @@ def from_floats(x_D: Tensor, quantum_bits: int) -> Tensor:
 
 
 def _beyond(values: Tensor) -> int:
-    return int(((values >= HALF) | (values < -HALF)).sum())
+    count = 0
+    for start in range(0, len(values), CHUNK):
+        part = values[start : start + CHUNK]
+        count += int(((part >= HALF) | (part < -HALF)).sum())
+    return count
