@@ -29,9 +29,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.compression import parallel
 from shoal.compression.settings import build, fill, unknown
 
 INT32_MAX = 2**31 - 1
@@ -152,12 +154,36 @@ def to_integers(x_D: Tensor) -> Tensor:
 
 def sum_of_squares(values: Tensor) -> int:
     """Return Σ v² of int32 values exactly; the sum may pass 2⁶⁴ (design 3.3)."""
+    if loops := parallel.kernels(len(values), values):
+        halves = parallel.ranges(loops.squares, len(values), values.contiguous().numpy())
+        return sum((int(high) << 32) + int(low) for high, low in halves)
     total = 0
-    for start in range(0, len(values), 1 << 22):
-        squares = values[start : start + (1 << 22)].to(torch.int64).square()
+    for start in range(0, len(values), _SLAB):
+        squares = values[start : start + _SLAB].to(torch.int64).square()
         total += int((squares >> 32).sum()) << 32
         total += int((squares & 0xFFFFFFFF).sum())
     return total
+
+
+def subtract(x_D: Tensor, decoded: Decoded, factor: float) -> None:
+    """Set x ← x - decoded / factor in place: what is left of `x_D` when `factor · x_D` was sent."""
+    values, indices, inverse = decoded.values, decoded.indices, 1 / factor
+    if indices is not None:
+        x_D[indices] -= values.to(torch.float32).mul_(inverse)
+        return
+    fits = values.dtype == torch.int32 and x_D.dtype == torch.float32 and x_D.is_contiguous()
+    if fits and (loops := parallel.kernels(len(x_D), x_D, values)):
+        parallel.ranges(
+            loops.subtract, len(x_D), x_D.numpy(), values.contiguous().numpy(), np.float32(inverse)
+        )
+        return
+    for start in range(0, len(x_D), _SLAB):
+        part = slice(start, start + _SLAB)
+        x_D[part] -= values[part].to(torch.float32).mul_(inverse)
+
+
+_SLAB = 1 << 20
+"""Elements at a time, so that no temporary is as large as the model."""
 
 
 def _find(name: str) -> Callable[..., Codec]:

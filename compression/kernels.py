@@ -635,6 +635,14 @@ def _unpack(packed: Array, lo: Int, hi: Int, alphabet: Int, symbol: Array) -> No
                 symbol[8 * i + j] = byte >> j & 1
 
 
+@_compiled
+def subtract(start: Int, end: Int, x: Array, value: Array, inverse: Int) -> None:
+    """Take value · inverse from x in place; twin: `codec.subtract`."""
+    left, sent = x[start:end], value[start:end]
+    for i in range(len(left)):
+        left[i] -= float32(sent[i]) * inverse
+
+
 # The ledger (training/ledger.py, training/fingerprint.py)
 
 

@@ -9,10 +9,9 @@ With Δ = θ_end - θ_start of a turn (the direction to add), weight w, and ever
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from shoal.compression.codec import Codec, Encoded
+from shoal.compression.codec import Codec, Encoded, subtract
 from shoal.training.rules import Fragment, RuleError, Rules
 
 SHRINKS = 64
@@ -69,13 +68,8 @@ class Feedback:
         if self.residual is not None and beta:
             e_F.add_(self.residual[part.range], alpha=beta)
         encoded = self._encode(part.codec, e_F, weight * self._quanta, key)
-        sent = encoded.decoded
         if beta:
-            values = sent.values.to(torch.float32).mul_(1 / (weight * self._quanta))
-            if sent.indices is None:
-                e_F -= values
-            else:
-                e_F[sent.indices] -= values
+            subtract(e_F, encoded.decoded, weight * self._quanta)
         self._pending = (part, e_F, m_F)
         return encoded
 
