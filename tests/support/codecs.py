@@ -26,4 +26,5 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"density": 0.5, "centroids": 7, "encoding": "huffman"}),
     ("kmeans", {"encoding": "positions"}),
     ("kmeans", {"centroids": 2, "encoding": "gaps"}),
+    ("lowrank", {"bits": 8, "entropy": "none"}),
 ]
