@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,9 @@ from shoal.node.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shoal.compression.codec import Codec, Decoded, Shapes
+    from shoal.compression.codec import Codec, Shapes
     from shoal.node.plot import Panel
+    from shoal.training.ledger import Ledger
 
 Case = tuple[str, dict[str, Any]]
 CASES: list[Case] = [
@@ -86,7 +87,7 @@ class Row:
     encode_of_copy: float
     """… over the float32 per second that are copied here."""
     decode: float
-    """From the payload to the sum in the ledger's integers."""
+    """From the payload to the sum in the ledger's integers and its fingerprint."""
     decode_of_copy: float
     encode_memory: float | None
     """Most memory in use meanwhile beyond what was there, residual and payload among it, in
@@ -315,15 +316,15 @@ def _measured(
         print(vector.about, file=sys.stderr, flush=True)
     size = len(vector.x_D)
     x_D = vector.x_D.to(args.device)
-    ledger_D = _zeros(size, args.device)
+    ledger = empty_ledger(size, args.device)
     for name, options in cases:
         part = codec.make(name, options, shapes=vector.shapes)
         print(f"{label((name, options))} on {vector.input} {size:,}", file=sys.stderr, flush=True)
         repeats = 1 if args.quick else REPEATS
         payload, residual_D = encode(part, x_D)  # also: compiles what is compiled on first use
         encoding = best(lambda: encode(part, x_D), repeats, args.device)  # noqa: B023  run at once
-        apply(part, payload, ledger_D)
-        decoding = best(lambda: apply(part, payload, ledger_D), repeats, args.device)  # noqa: B023
+        apply(part, payload, ledger)
+        decoding = best(lambda: apply(part, payload, ledger), repeats, args.device)  # noqa: B023
         extra = memory.get((label((name, options)), size), (None, None))
         yield Row(
             codec=label((name, options)),
@@ -343,31 +344,22 @@ def _measured(
 
 def encode(part: "Codec", x_D: "Tensor") -> "tuple[bytes, Tensor]":
     """Return the payload and what stays behind, as an author does."""
+    from shoal.compression import codec
+
     payload, decoded = part.encode(x_D, key=1)
-    return payload, without(x_D, decoded)
-
-
-def without(x_D: "Tensor", decoded: "Decoded") -> "Tensor":
-    """Return x - decoded."""
-    import torch
-
-    if decoded.indices is None:
-        return x_D - decoded.values
     left_D = x_D.clone()
-    left_D[decoded.indices] -= decoded.values.to(torch.float32)
-    return left_D
+    codec.subtract(left_D, decoded, 1.0)
+    return payload, left_D
 
 
-def apply(part: "Codec", payload: bytes, ledger_D: "Tensor") -> None:
-    """Add what a payload says to integers, as a receiver does."""
+def apply(part: "Codec", payload: bytes, ledger: "Ledger") -> None:
+    """Add what a payload says to a ledger, as a receiver does, fingerprint and all."""
     import torch
 
-    decoded = part.decode(payload, len(ledger_D), ledger_D.device)
-    values = decoded.values.to(torch.int32)  # codecs for mixing alone decode to floats
-    if decoded.indices is None:
-        ledger_D += values
-    else:
-        ledger_D[decoded.indices] += values
+    decoded = part.decode(payload, ledger.size, ledger.model.device)
+    if decoded.values.dtype != torch.int32:  # a codec for mixing alone
+        decoded = replace(decoded, values=decoded.values.round().to(torch.int32))
+    ledger.add(0, 1, decoded)
 
 
 def best(act: Callable[[], object], repeats: int, device: str) -> float:
@@ -391,10 +383,14 @@ def copying(device: str) -> float:
     return COPIED / best(lambda: y_D.copy_(x_D), 5, device)
 
 
-def _zeros(size: int, device: str) -> "Tensor":
+def empty_ledger(size: int, device: str) -> "Ledger":
+    """Return a ledger of zeros in which every update counts by itself."""
     import torch
 
-    return torch.zeros(size, dtype=torch.int32, device=device)
+    from shoal.training import ledger, rules
+
+    zeros_D = torch.zeros(size, dtype=torch.int32, device=device)
+    return ledger.Ledger(zeros_D, rules.Sum())
 
 
 def _wait(device: str) -> None:
@@ -510,14 +506,14 @@ def _main() -> None:
     torch.set_num_threads(question["threads"])
     for size in question["sizes"]:
         x_D = torch.randn(size, generator=torch.Generator().manual_seed(size)).mul_(SCALE)
-        x_D, ledger_D = x_D.to(device), _zeros(size, device)
+        x_D, ledger = x_D.to(device), empty_ledger(size, device)
         for name, options in question["cases"]:
             part = codec.make(name, options, shapes=_matrices(size))
             # The first time compiles and loads: that memory is no tensor's.
-            apply(part, encode(part, x_D)[0], ledger_D)
+            apply(part, encode(part, x_D)[0], ledger)
             encoding = extra(lambda: encode(part, x_D), device)  # noqa: B023  run at once
             payload = encode(part, x_D)[0]
-            decoding = extra(lambda: apply(part, payload, ledger_D), device)  # noqa: B023
+            decoding = extra(lambda: apply(part, payload, ledger), device)  # noqa: B023
             tensors = [None if e is None else e / (4 * size) for e in (encoding, decoding)]
             print(json.dumps([label((name, options)), size, *tensors]), flush=True)
 

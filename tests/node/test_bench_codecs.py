@@ -52,10 +52,12 @@ def test_encoding_and_applying_are_those_of_author_and_receiver(case: codecs.Cas
     part = codec.make(case[0], case[1], shapes=codecs._matrices(5000))
     x = (torch.randn(5000, generator=torch.Generator().manual_seed(2)) * 1000).round()
     payload, residual = codecs.encode(part, x)
-    ledger = torch.full((5000,), 7, dtype=torch.int32)
+    ledger = codecs.empty_ledger(5000, "cpu")
+    codecs.apply(part, payload, ledger)
     codecs.apply(part, payload, ledger)
     tolerance = 0.5 if part.inexact else 0.0
-    assert torch.allclose(ledger - 7 + residual, x, rtol=0, atol=tolerance)
+    assert torch.allclose(ledger.model / 2 + residual, x, rtol=0, atol=tolerance)
+    assert ledger.fingerprint() == ledger.recompute()
     assert codecs.entropy(part, payload, 5000) > 0
 
 
