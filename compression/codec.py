@@ -20,7 +20,9 @@ Adding a codec is adding one file to `codecs/`: a frozen dataclass whose fields 
 under `@codec("name")`. An empty `inexact` says that it decodes to int32 in units of q from streams
 that are specified here, which the ledger needs; else it says why not, and the codec with these
 settings is for mixing only. A codec that must know which tensors the vector is made of has a method
-`shaped(shapes)` that returns the codec for them; the others see a length and nothing else.
+`shaped(shapes)` that returns the codec for them; the others see a length and nothing else. Two
+more traits are optional: `unbiased = True` says that E[decoded] = x over keys (never to be fed
+back), `sparsifies = True` that much is left unsent for long, so that a residual should decay.
 """
 
 import importlib

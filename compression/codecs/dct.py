@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,8 @@ class Band(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Dct:
     """Send the strongest waves of every tile; the others wait in the author's residual."""
+
+    sparsifies: ClassVar[bool] = True
 
     keep: int = 32
     """Coefficients kept of a full tile; at least one of each is."""

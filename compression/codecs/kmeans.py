@@ -21,7 +21,7 @@ The first costs at least a bit per symbol, the last two nothing for what is drop
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Clusters(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class KMeans:
     """Send the largest few of every tensor as one of a few values that fit the tensor best."""
+
+    sparsifies: ClassVar[bool] = True
 
     density: float = 0.05
     """Fraction of the elements of a tensor that are kept; at least one is."""

@@ -27,7 +27,7 @@ lower bytes of all mantissas.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class Tile(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """Send the strongest directions of every matrix; the others wait in the residual."""
+
+    sparsifies: ClassVar[bool] = True
 
     rank: int = 4
     """Columns of each factor; bytes grow with it."""

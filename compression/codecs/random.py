@@ -21,7 +21,7 @@ mean is exact; never feed it to error feedback, which its variance would blow up
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class Drawn(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Random:
     """Send a random part: cheap to choose, no bytes for places, but blind to what matters."""
+
+    sparsifies: ClassVar[bool] = True
 
     density: float = 1 / 64
     """Fraction of the elements that are kept; at least one is."""

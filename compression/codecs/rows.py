@@ -16,7 +16,7 @@ always win, by mean square short ones. Sums of squares are exact (two words).
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class Grid(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Send the rows that moved most, every element of them."""
+
+    sparsifies: ClassVar[bool] = True
 
     density: float = 1 / 16
     """Fraction of each tensor's rows that are kept; at least one is."""

@@ -19,7 +19,7 @@ Bits per element ≈ H(p) + p·bits (+ 1-2 % of the first for Rice): 0.34 at p =
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class Kept(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class TopK:
     """Send the largest of all; chunks without large elements send nothing."""
+
+    sparsifies: ClassVar[bool] = True
 
     density: float = 1 / 64
     """Fraction of the elements that are kept; at least one of each tensor is."""
