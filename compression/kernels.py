@@ -259,28 +259,49 @@ def rice_encode(value: Array, b: Int, low: Array, unary: Array) -> None:
 @_compiled
 def rice_decode(low: Array, unary: Array, b: Int, value: Array) -> Int:
     """Set the values, return how many ones there were; twin: `entropy.rice_decode`."""
-    found, zeros, at = 0, 0, 0
+    found, before, at = 0, -1, 0
+    mask = (1 << b) - 1
     for i in range(len(unary)):
         byte = unary[i]
-        if byte == 0:
-            zeros += 8
+        if found + 8 > len(value):  # near the end, and of garbage
+            for j in range(8):
+                if byte >> j & 1:
+                    if found < len(value):
+                        value[found] = (8 * i + j - before - 1) << b
+                    before = 8 * i + j
+                    found += 1
             continue
-        for j in range(8):
-            if not byte >> j & 1:
-                zeros += 1
-                continue
-            if found < len(value):
-                part, taken = 0, 0
-                while taken < b:
-                    room = min(8 - (at & 7), b - taken)
-                    bits = (int64(low[at >> 3]) >> (at & 7)) & ((1 << room) - 1)
-                    part |= bits << taken
-                    at += room
-                    taken += room
-                value[found] = (zeros << b) | part
+        for j in range(_ONES[byte, 8]):
+            place = 8 * i + _ONES[byte, j]
+            value[found] = (place - before - 1) << b
+            before = place
             found += 1
-            zeros = 0
+    if b == 0 or found != len(value):
+        return found
+    for i in range(len(value)):
+        byte = at >> 3
+        if byte + 8 <= len(low):
+            value[i] |= int64(_load64(low, byte) >> uint64(at & 7)) & mask
+        else:
+            part = 0
+            for j in range(len(low) - byte):
+                part |= int64(low[byte + j]) << (8 * j)
+            value[i] |= (part >> (at & 7)) & mask
+        at += b
     return found
+
+
+def _ones() -> Array:
+    """Return the places of the ones of every byte, and in column 8 how many there are."""
+    table = np.zeros((256, 9), np.int64)
+    for byte in range(256):
+        places = [j for j in range(8) if byte >> j & 1]
+        table[byte, : len(places)] = places
+        table[byte, 8] = len(places)
+    return table
+
+
+_ONES = _ones()
 
 
 # Sparse (codecs/sparse.py)
@@ -350,6 +371,53 @@ def sparse_encode(
             level,
             value,
         )
+    return 0
+
+
+@_compiled
+def sparse_gaps(start: Int, end: Int, index: Array, chunk: Int, keep: Int, gap: Array) -> None:
+    """Set the gap before each kept element of these chunks; twin: `Sparse.pack`."""
+    for c in range(start, end):
+        before = c * chunk - 1
+        for i in range(c * keep, min((c + 1) * keep, len(index))):
+            gap[i] = index[i] - before - 1
+            before = index[i]
+
+
+@_compiled
+def sparse_decode(
+    start: Int,
+    end: Int,
+    chunk: Int,
+    keep: Int,
+    size: Int,
+    gap: Array,
+    mantissa: Array,
+    exponent: Array,
+    index: Array,
+    minus: Array,
+    level: Array,
+    value: Array,
+) -> Int:
+    """Set indices and values of chunks; twin: `Sparse._check`. Returns 0, or what is wrong."""
+    for c in range(start, end):
+        m, e = int64(mantissa[c]), int64(exponent[c])
+        if e > 23 or (m < 128 and e > 0):
+            return 2
+        unit = m << e
+        first, limit = c * chunk, min((c + 1) * chunk, size)
+        place = first - 1
+        for i in range(c * keep, min((c + 1) * keep, len(gap))):
+            place += gap[i] + 1
+            if place >= limit:
+                return 1
+            index[i] = place
+            v = (2 * int64(level[i]) + 1) * unit
+            if v > INT32_MAX:
+                return 3
+            if unit == 0 and (minus[i] or level[i] or place != first + i - c * keep):
+                return 4
+            value[i] = -v if minus[i] else v
     return 0
 
 

@@ -12,6 +12,7 @@ stands for ±(2j + 1)·u. With one bit u is the mean magnitude. At 1/64 density 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,12 @@ VERSION = 0
 NOT_FINITE = "cannot encode a vector with NaN or infinite elements"
 TOP_EXPONENT = 23
 """255 · 2^23 is the largest unit within int32."""
+_PROBLEMS = {
+    1: "an index leaves its chunk",
+    2: "a chunk's unit is not in normal form",
+    3: "value outside int32",
+    4: "a chunk of magnitude zero must keep its first elements, unsigned",
+}
 
 
 class Kept(NamedTuple):
@@ -74,25 +81,14 @@ class Sparse:
         """Keep the top of each chunk."""
         size = len(x_D)
         loops = parallel.kernels(size, x_D)
-        if loops and size % self.chunk == 0:
-            kept, values_K = self._choose_compiled(loops, x_D.contiguous())
-        elif loops:  # the last chunk is shorter: by itself
-            split = size - size % self.chunk
-            kept, values_K = self._choose_compiled(loops, x_D[:split].contiguous())
-            last, last_K = self._choose(x_D[split:])
-            last = last._replace(index_K=last.index_K + split)
-            kept = Kept(*(torch.cat(both) for both in zip(kept, last, strict=True)))
-            values_K = torch.cat((values_K, last_K))
-        else:
-            kept, values_K = self._choose(x_D)
+        choose = self._choose if not loops else partial(self._choose_compiled, loops)
+        kept, values_K = choose(x_D)
         return Encoded(self.pack(kept, size), Decoded(size, values_K, kept.index_K))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
         """Return the kept elements; the rest is not touched."""
-        kept = self.unpack(payload, size, device)
-        counts_C = self._counts(size, kept.index_K.device)
-        unit_K = _units_of(kept)[torch.repeat_interleave(counts_C)]
-        return Decoded(size, _values(kept, unit_K), kept.index_K)
+        kept, values_K = self._read(payload, size, device)
+        return Decoded(size, values_K, kept.index_K)
 
     def bound(self, size: int) -> int:
         """Return the size under the worst placing of the kept elements."""
@@ -112,11 +108,6 @@ class Sparse:
 
     def pack(self, kept: Kept, size: int) -> bytes:
         """Return the payload of what is kept."""
-        counts_C = self._counts(size, kept.index_K.device)
-        gap_K = kept.index_K.diff(prepend=kept.index_K.new_tensor([-1])) - 1
-        start_C = torch.cumsum(counts_C, 0) - counts_C
-        chunk_C = torch.arange(len(counts_C), device=counts_C.device)
-        gap_K[start_C] = kept.index_K[start_C] - self.chunk * chunk_C
         levels: list[bytes | Tensor] = []
         if self.bits > 1 and self.entropy == "none":
             levels = [bits.pack(kept.level_K, self.bits - 1)]
@@ -131,12 +122,16 @@ class Sparse:
                 *entropy.squeeze_parts(kept.exponent_C, self.entropy),
                 bits.pack_bits(kept.minus_K),
                 *levels,
-                entropy.rice_encode(gap_K, self._rice()),
+                entropy.rice_encode(self._gaps(kept.index_K, size), self._rice()),
             ]
         )
 
     def unpack(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Kept:
         """Return what is kept; inverse of `pack`, refuses everything else."""
+        return self._read(payload, size, device)[0]
+
+    def _read(self, payload: bytes, size: int, device: torch.device | str) -> tuple[Kept, Tensor]:
+        """Return what is kept, and the values that stand for it."""
         reader = bits.Reader(payload, device)
         if (version := reader.number(1)) != VERSION:
             raise PayloadError(f"unknown version {version}")
@@ -152,11 +147,44 @@ class Sparse:
             packed = entropy.expand(reader, bits.digit_bytes(count, self._levels), self.entropy)
             level_K = bits.unpack_digits(packed, count, self._levels)
         gap_K = entropy.rice_decode(reader, count, self._rice(), max(size - count, 0))
+        if loops := parallel.kernels(size, gap_K):
+            index_K, values_K = (
+                parallel.empty(count, torch.int64),
+                parallel.empty(count, torch.int32),
+            )
+            kept = Kept(mantissa_C, exponent_C, index_K, minus_K, level_K)
+            wrong = parallel.ranges(
+                loops.sparse_decode,
+                chunks,
+                self.chunk,
+                self._keep(self.chunk),
+                size,
+                gap_K.numpy(),
+                *(part.numpy() for part in kept),
+                values_K.numpy(),
+            )
+            for problem in filter(None, wrong):
+                raise PayloadError(_PROBLEMS[problem])
+            return kept, values_K
         counts_C = self._counts(size, gap_K.device)
         index_K = self._indices(gap_K, counts_C, size)
         kept = Kept(mantissa_C, exponent_C, index_K, minus_K, level_K)
-        self._check(kept, counts_C)
-        return kept
+        return kept, self._check(kept, counts_C)
+
+    def _gaps(self, index_K: Tensor, size: int) -> Tensor:
+        """Return the gap before each kept element, from the one before it or the chunk's start."""
+        if loops := parallel.kernels(size, index_K):
+            gaps = parallel.empty(len(index_K), torch.int64)
+            keep, chunks = self._keep(self.chunk), self._chunks(size)
+            arguments = index_K.contiguous().numpy(), self.chunk, keep, gaps.numpy()
+            parallel.ranges(loops.sparse_gaps, chunks, *arguments)
+            return gaps
+        counts_C = self._counts(size, index_K.device)
+        gap_K = index_K.diff(prepend=index_K.new_tensor([-1])) - 1
+        start_C = torch.cumsum(counts_C, 0) - counts_C
+        chunk_C = torch.arange(len(counts_C), device=counts_C.device)
+        gap_K[start_C] = index_K[start_C] - self.chunk * chunk_C
+        return gap_K
 
     def _choose(self, x_D: Tensor) -> tuple[Kept, Tensor]:
         """Return what to keep of a vector, and the values that stand for it."""
@@ -186,20 +214,22 @@ class Sparse:
         return kept, _values(kept, unit_K)
 
     def _choose_compiled(self, loops: Any, x_D: Tensor) -> tuple[Kept, Tensor]:
-        """Do the same, of whole chunks."""
-        chunks, count = len(x_D) // self.chunk, self._kept(len(x_D))
+        """Do the same, compiled; a last chunk that is shorter is left to torch."""
+        whole = len(x_D) // self.chunk
+        count, split = whole * self._keep(self.chunk), whole * self.chunk
+        chunks, most = self._chunks(len(x_D)), self._kept(len(x_D))
         kept = Kept(
-            torch.empty(chunks, dtype=torch.uint8),
-            torch.empty(chunks, dtype=torch.uint8),
-            parallel.empty(count, torch.int64),
-            torch.empty(count, dtype=torch.uint8),
-            torch.empty(count, dtype=torch.uint8),
+            parallel.empty(chunks, torch.uint8),
+            parallel.empty(chunks, torch.uint8),
+            parallel.empty(most, torch.int64),
+            parallel.empty(most, torch.uint8),
+            parallel.empty(most, torch.uint8),
         )
-        values_K = torch.empty(count, dtype=torch.int32)
+        values_K = parallel.empty(most, torch.int32)
         wrong = parallel.ranges(
             loops.sparse_encode,
-            chunks,
-            x_D.numpy(),
+            whole,
+            x_D[:split].contiguous().numpy(),
             self.chunk,
             self._keep(self.chunk),
             self._levels,
@@ -208,6 +238,12 @@ class Sparse:
         )
         if any(wrong):
             raise ValueError(NOT_FINITE)
+        if split < len(x_D):
+            last, last_K = self._choose(x_D[split:])
+            kept.mantissa_C[whole:], kept.exponent_C[whole:] = last.mantissa_C, last.exponent_C
+            kept.index_K[count:] = last.index_K + split
+            kept.minus_K[count:], kept.level_K[count:] = last.minus_K, last.level_K
+            values_K[count:] = last_K
         return kept, values_K
 
     def _indices(self, gap_K: Tensor, counts_C: Tensor, size: int) -> Tensor:
@@ -219,23 +255,24 @@ class Sparse:
         within_K = step_K - before_C[chunk_K] - 1
         index_K = within_K + chunk_K * self.chunk
         if bool((within_K >= self.chunk).any()) or bool((index_K[-1:] >= size).any()):
-            raise PayloadError("an index leaves its chunk")
+            raise PayloadError(_PROBLEMS[1])
         return index_K
 
-    def _check(self, kept: Kept, counts_C: Tensor) -> None:
-        """Refuse units that are not normal, values outside int32, and signs of zeros."""
+    def _check(self, kept: Kept, counts_C: Tensor) -> Tensor:
+        """Return the values; refuse odd units, values outside int32, and signs of zeros."""
         mantissa_C, exponent_C = kept.mantissa_C, kept.exponent_C
         low_C = (mantissa_C < 128) & (exponent_C > 0)
         if bool((exponent_C > TOP_EXPONENT).any()) or bool(low_C.any()):
-            raise PayloadError("a chunk's unit is not in normal form")
+            raise PayloadError(_PROBLEMS[2])
         chunk_K = torch.repeat_interleave(counts_C)
-        unit_K = _units_of(kept)[chunk_K]
+        unit_K = (mantissa_C.to(torch.int64) << exponent_C.to(torch.int64))[chunk_K]
         if bool(((2 * kept.level_K.to(torch.int64) + 1) * unit_K > INT32_MAX).any()):
-            raise PayloadError("value outside int32")
+            raise PayloadError(_PROBLEMS[3])
         first_K = self._first(counts_C, chunk_K)
         odd_K = (kept.minus_K == 1) | (kept.level_K > 0) | (kept.index_K != first_K)
         if bool((odd_K & (unit_K == 0)).any()):
-            raise PayloadError("a chunk of magnitude zero must keep its first elements, unsigned")
+            raise PayloadError(_PROBLEMS[4])
+        return _values(kept, unit_K)
 
     def _top(self, magnitude_D: Tensor) -> Tensor:
         """Return the indices of the largest of every chunk, increasing."""
@@ -299,10 +336,6 @@ class Sparse:
         if size % self.chunk:
             counts_C[-1] = self._keep(size % self.chunk)
         return counts_C.to(device)
-
-
-def _units_of(kept: Kept) -> Tensor:
-    return kept.mantissa_C.to(torch.int64) << kept.exponent_C.to(torch.int64)
 
 
 def _values(kept: Kept, unit_K: Tensor) -> Tensor:
