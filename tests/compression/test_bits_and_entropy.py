@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal.compression import bits, entropy
+from shoal.compression import bits, entropy, parallel
 from shoal.compression.codec import PayloadError
 
-quick = settings(deadline=None)
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def read(data: torch.Tensor | bytes) -> bits.Reader:
@@ -19,6 +19,16 @@ def read(data: torch.Tensor | bytes) -> bits.Reader:
 
 def as_bytes(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.uint8)
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "compiled"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Run with the loops in torch alone, then with the compiled ones alone."""
+    if request.param:
+        pytest.importorskip("numba")
+    for name in ("LARGE", "LOADED"):
+        monkeypatch.setattr(parallel, name, 0 if request.param else 1 << 60)
+    return bool(request.param)
 
 
 def skewed(count: int, seed: int = 0, spread: float = 9.0) -> torch.Tensor:
@@ -77,6 +87,7 @@ def test_bytes_that_no_digits_make_are_refused() -> None:
 
 @quick
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=200), st.integers(0, 10))
+@pytest.mark.usefixtures("compiled")
 def test_rice_codes_come_back_and_are_canonical(values: list[int], b: int) -> None:
     data = entropy.rice_encode(torch.tensor(values), b)
     assert entropy.rice_decode(read(data), len(values), b, sum(values)).tolist() == values
@@ -105,6 +116,7 @@ def test_the_rice_parameter_is_the_best_for_the_density(density: float, b: int) 
     repeat=st.sampled_from([1, 2, 40, 4096 // 7]),
     mode=st.sampled_from(entropy.MODES),
 )
+@pytest.mark.usefixtures("compiled")
 def test_squeezed_bytes_come_back(values: list[int], repeat: int, mode: str) -> None:
     data = as_bytes(values).repeat(repeat)
     stream = entropy.squeeze(data, mode)
@@ -117,18 +129,58 @@ def test_squeezed_bytes_come_back(values: list[int], repeat: int, mode: str) -> 
         entropy.expand(read(stream[:-1]), len(data), mode)
 
 
-@pytest.mark.parametrize("count", [1, 4095, 4096, 4097, 64 * 4096, 64 * 4096 + 1, 300_000])
+@pytest.mark.parametrize("count", [1, 4095, 4096, 4097, 20_000])
+@pytest.mark.usefixtures("compiled")
 def test_segments_of_every_length_come_back(count: int) -> None:
     data = skewed(count)
     for mode in entropy.MODES:
         assert torch.equal(entropy.expand(read(entropy.squeeze(data, mode)), count, mode), data)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_squeezed_bytes_take_their_entropy() -> None:
-    data = skewed(400_000)
+    data = skewed(64 * 4096 + 1)  # one byte more than torch codes at once
     p = torch.bincount(data).double() / len(data)
     bound = -float((p[p > 0] * p[p > 0].log2()).sum()) / 8 * len(data)
-    assert bound < len(entropy.squeeze(data)) < 1.01 * bound
+    assert bound < len(stream := entropy.squeeze(data)) < 1.01 * bound
+    assert torch.equal(entropy.expand(read(stream), len(data)), data)
+
+
+@settings(quick, max_examples=100)
+@given(
+    values=st.lists(st.integers(0, 4000), min_size=1, max_size=60),
+    b=st.integers(0, 12),
+    cut=st.binary(max_size=30),
+    kept=st.integers(0, 80),
+)
+@pytest.mark.usefixtures("compiled")
+def test_garbled_rice_codes_are_refused_or_are_the_one_form(
+    values: list[int], b: int, cut: bytes, kept: int
+) -> None:
+    data = entropy.rice_encode(torch.tensor(values), b).numpy().tobytes()[:kept] + cut
+    try:
+        found = entropy.rice_decode(read(data), len(values), b, sum(values) + 300)
+    except PayloadError:
+        return
+    assert entropy.rice_encode(found, b).numpy().tobytes() == data
+
+
+@pytest.mark.parametrize("count", [5000, 70_001])
+def test_compiled_loops_and_torch_make_the_same_streams(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    streams: list[list[bytes]] = []
+    gaps = torch.randint(0, 400, (count,), generator=torch.Generator().manual_seed(1))
+    wild = skewed(count, spread=3.0)
+    wild[::97] = torch.arange(len(wild[::97])).to(torch.uint8)  # codes of up to 15 bits
+    for least in (0, 1 << 60):
+        for name in ("LARGE", "LOADED"):
+            monkeypatch.setattr(parallel, name, least)
+        made = [entropy.squeeze(skewed(count)), entropy.squeeze(wild, "huffman")]
+        made += [entropy.rice_encode(gaps, b) for b in (0, 3, 6, 9)]
+        streams.append([stream.numpy().tobytes() for stream in made])
+    assert streams[0] == streams[1]
 
 
 def test_auto_takes_the_bytes_as_they_are_when_huffman_does_not_pay() -> None:
@@ -143,6 +195,7 @@ def test_auto_takes_the_bytes_as_they_are_when_huffman_does_not_pay() -> None:
         entropy.expand(read(coded), 25_600, "auto")
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_lone_byte_takes_no_bits() -> None:
     data = torch.full((8192,), 2, dtype=torch.uint8)
     stream = entropy.squeeze(data)
@@ -150,6 +203,7 @@ def test_a_lone_byte_takes_no_bits() -> None:
     assert torch.equal(entropy.expand(read(stream), 8192), data)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_layout_of_the_huffman_form() -> None:
     data = as_bytes([1, 0, 1, 2, 1, 0, 1])  # codes 0: 10, 1: 0, 2: 11, root bit first
     stream = entropy.squeeze(data, "huffman")
@@ -158,6 +212,7 @@ def test_the_layout_of_the_huffman_form() -> None:
     assert stream.tolist() == [1, 2, 0x12, 0x02, 2, 0, *body]
 
 
+@pytest.mark.usefixtures("compiled")
 def test_other_code_lengths_than_the_bytes_own_are_refused() -> None:
     """A complete tree that gives the rare byte the short code is not the one form that counts."""
     bitstring = "10" * 6 + "0" + "11"  # 1 six times, 0, 2 with lengths 1, 2, 2
@@ -168,6 +223,7 @@ def test_other_code_lengths_than_the_bytes_own_are_refused() -> None:
         entropy.expand(read(bytes([1, 2, 0x21, 0x03, len(body), 0, *body])), 8, "huffman")
 
 
+@pytest.mark.usefixtures("compiled")
 def test_segments_that_lie_about_their_length_are_refused() -> None:
     data = skewed(3 * 4096)
     stream = bytearray(entropy.squeeze(data).numpy().tobytes())
@@ -184,13 +240,14 @@ def test_segments_that_lie_about_their_length_are_refused() -> None:
         entropy.expand(read(bytes(stream)), len(data))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(quick, max_examples=200)
 @given(
     tail=st.binary(max_size=200),
     kept=st.integers(0, 60),
     count=st.sampled_from([0, 1, 9, 500, 5000]),
     mode=st.sampled_from(entropy.MODES),
 )
+@pytest.mark.usefixtures("compiled")
 def test_garbage_is_refused_or_is_the_one_form(
     tail: bytes, kept: int, count: int, mode: str
 ) -> None:

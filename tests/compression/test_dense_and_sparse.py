@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.compression import codec
-from shoal.compression.codec import PayloadError
+from shoal.compression import codec, parallel
+from shoal.compression.codec import Decoded, PayloadError
 
 
 def gaussian(size: int, scale: float = 20_000.0) -> torch.Tensor:
@@ -20,11 +20,13 @@ def bits_per_element(name: str, options: dict[str, Any], x: torch.Tensor) -> flo
 @pytest.mark.parametrize(
     ("name", "options", "most"),
     [
-        ("sparse", {}, 0.14),
+        ("sparse", {}, 0.1365),
         ("dense", {}, 1.6),
         ("dense", {"levels": 2}, 1.04),
-        ("dense", {"bits": 4}, 3.4),
-        ("dense", {"bits": 8}, 7.6),
+        ("dense", {"levels": 2, "block": 0}, 1.0001),
+        ("dense", {"bits": 2}, 1.95),
+        ("dense", {"bits": 4}, 3.3),
+        ("dense", {"bits": 8}, 7.5),
     ],
 )
 def test_bits_on_a_million_gaussian_elements(
@@ -116,3 +118,124 @@ def test_units_must_be_in_normal_form() -> None:
     low = kept._replace(mantissa_C=kept.mantissa_C >> 1, exponent_C=kept.exponent_C + 1)
     with pytest.raises(PayloadError, match="normal form"):
         part.decode(part.pack(low, 4096), 4096)
+
+
+X16 = [0.10, -0.90, 0.05, 0.40, -0.02, 0.70, -0.30, 0.01]
+X16 += [0.00, -0.60, 0.20, -0.15, 0.08, 0.55, -0.45, 0.03]
+
+
+def test_signs_of_a_known_vector() -> None:
+    """One scale for all, its mean magnitude, and a bit each: 1 is plus, the first lowest."""
+    x = torch.tensor(X16) * 100_000
+    payload, decoded = codec.make("dense", {"levels": 2, "block": 0}).encode(x)
+    mean = round(sum(map(abs, X16)) / 16 * 100_000)
+    assert payload == mean.to_bytes(4, "little") + bytes([0, 0xAD, 0xB5])
+    assert decoded.values.tolist() == [mean if v >= 0 else -mean for v in X16]
+
+
+def test_four_levels_lie_at_one_and_three_units() -> None:
+    x = gaussian(256)
+    decoded = codec.make("dense", {"bits": 2}).encode(x).decoded.values
+    unit = int(decoded.abs().min())
+    assert abs(unit - 5 / 8 * float(x.abs().mean())) / unit < 1 / 16
+    levels = torch.tensor([-3 * unit, -unit, unit, 3 * unit])
+    assert torch.equal(levels[(x[:, None] - levels).abs().argmin(1)].int(), decoded)
+
+
+def test_one_scale_for_all_reaches_the_largest() -> None:
+    x = gaussian(5000)
+    decoded = codec.make("dense", {"bits": 8, "block": 0}).encode(x).decoded.values
+    assert float((x - decoded).abs().max()) <= float(x.abs().max()) / 127 / 2 + 1
+
+
+@pytest.mark.parametrize("block", [8, 100, 2**20 + 8, -256])
+def test_blocks_that_have_no_layout_are_refused(block: int) -> None:
+    with pytest.raises(ValueError, match="use a multiple of 8"):
+        codec.make("dense", {"block": block})
+
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("dense", {}),
+    ("dense", {"levels": 2, "block": 0}),
+    ("dense", {"levels": 2, "block": 4096}),
+    ("dense", {"bits": 2, "block": 24}),
+    ("dense", {"bits": 2, "block": 0}),
+    ("dense", {"bits": 4}),
+    ("dense", {"bits": 8}),
+    ("dense", {"bits": 8, "block": 0, "entropy": "none"}),
+    ("sparse", {}),
+    ("sparse", {"bits": 3, "density": 0.1}),
+    ("sparse", {"bits": 2, "chunk": 1000, "entropy": "none"}),
+    ("sparse", {"density": 0.5, "chunk": 64}),
+]
+
+
+def outcome(part: codec.Codec, payload: bytes, size: int) -> tuple[Any, ...]:
+    try:
+        decoded = part.decode(payload, size)
+    except PayloadError:
+        return ("refused",)
+    places = None if decoded.indices is None else decoded.indices.tolist()
+    return decoded.values.tolist(), places
+
+
+@pytest.mark.parametrize(("name", "options"), SETTINGS, ids=str)
+@pytest.mark.parametrize("size", [1, 20_003])
+def test_compiled_loops_and_torch_agree(
+    name: str, options: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes from awkward vectors, the same values, and the same garbage refused."""
+    pytest.importorskip("numba")
+
+    def compiled(yes: bool) -> None:
+        for name in ("LARGE", "LOADED"):
+            monkeypatch.setattr(parallel, name, 0 if yes else 1 << 60)
+
+    part = codec.make(name, options)
+    spike = torch.zeros(size)
+    spike[size // 2] = -3e9
+    ties = (gaussian(size) / 4000).round()
+    vectors = [gaussian(size), gaussian(size, 1e30), gaussian(size, 0.4), ties, spike, -0.0 * ties]
+    for x in vectors:
+        compiled(False)
+        payload, decoded = part.encode(x)
+        compiled(True)
+        again, same = part.encode(x)
+        assert again == payload
+        assert torch.equal(same.dense(), decoded.dense())
+        assert outcome(part, payload, size) == (
+            decoded.values.tolist(),
+            None if decoded.indices is None else decoded.indices.tolist(),
+        )
+    payload = part.encode(vectors[0]).payload
+    g = torch.Generator().manual_seed(size)
+    for at in torch.randint(8 * len(payload), (12,), generator=g).tolist():
+        wrong = bytearray(payload)
+        wrong[at // 8] ^= 1 << at % 8
+        compiled(True)
+        found = outcome(part, bytes(wrong), size)
+        compiled(False)
+        assert outcome(part, bytes(wrong), size) == found
+    for bad in (float("nan"), float("inf")):
+        x = gaussian(size)
+        x[-1] = bad
+        compiled(True)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            part.encode(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_residual_and_the_squares_are_exact_either_way(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LARGE", "LOADED"):
+        monkeypatch.setattr(parallel, name, 0 if compiled else 1 << 60)
+    values = torch.tensor([3, -5, 2**31 - 1, -(2**31), 0] * 500, dtype=torch.int32)
+    x = torch.ones(2500)
+    codec.subtract(x, Decoded(2500, values), 4.0)
+    assert x[:5].tolist() == [0.25, 2.25, -(2.0**29), 2.0**29, 1.0]
+    assert codec.sum_of_squares(values) == 500 * (9 + 25 + (2**31 - 1) ** 2 + 2**62)
+    sparse = Decoded(2500, values[:2], torch.tensor([1, 2499]))
+    x = torch.ones(2500)
+    codec.subtract(x, sparse, 4.0)
+    assert x[[0, 1, 2499]].tolist() == [1.0, 0.25, 2.25]

@@ -7,9 +7,13 @@ from shoal.compression import codec
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in codec.names()),
     ("dense", {"levels": 2}),
+    ("dense", {"levels": 2, "block": 0}),
+    ("dense", {"bits": 2}),
     ("dense", {"bits": 4}),
     ("dense", {"bits": 8}),
+    ("dense", {"bits": 8, "block": 0, "entropy": "none"}),
     ("sparse", {"bits": 3}),
+    ("sparse", {"bits": 4, "entropy": "none"}),
     ("sparse", {"bits": 8, "density": 0.1}),
     ("sparse", {"density": 0.5, "chunk": 64}),
     ("topk", {"select": "threshold", "density": 0.05}),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.compression import parallel
 from shoal.compression.codec import Decoded
 from shoal.training import fingerprint, ledger
 from shoal.training.fingerprint import Fingerprint
@@ -100,6 +101,51 @@ def test_subtracting_undoes_adding(chosen: list[int], rng: random.Random) -> Non
     assert torch.equal(one.model, before[0])
     assert one.fingerprint() == before[1] == one.recompute()
     assert one.out_of_range == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_update_of_a_fragment_counts_from_its_offset(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger moves as if the fragment were a whole vector with zeros around it."""
+    if compiled:
+        pytest.importorskip("numba")
+    for name in ("LARGE", "LOADED"):
+        monkeypatch.setattr(parallel, name, 0 if compiled else 1 << 60)
+    one, two = Ledger(integers(5, spread=2**31), Sum()), Ledger(integers(5, spread=2**31), Sum())
+    for seed, offset, spread in ((1, 700, 2**31), (2, 2999 - 50, 2**20), (4, 0, 2**31)):
+        values = integers(seed, 50, spread)
+        indices = torch.arange(50) if seed != 1 else None
+        part = Decoded(50, values, indices, offset)
+        whole = torch.zeros(SIZE, dtype=torch.int32)
+        whole[offset : offset + 50] = values
+        assert one.add(seed, 1, part) == two.add(seed, 1, Decoded(SIZE, whole))
+    assert torch.equal(one.model, two.model)
+    assert one.fingerprint() == two.fingerprint() == one.recompute()
+    assert one.out_of_range == two.out_of_range
+    one.subtract(1, 1, Decoded(50, integers(1, 50, 2**31), None, 700))
+    assert one.fingerprint() == one.recompute()
+
+
+def test_the_compiled_loops_and_torch_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    found = []
+    for least in (0, 1 << 60):
+        for name in ("LARGE", "LOADED"):
+            monkeypatch.setattr(parallel, name, least)
+        one = Ledger(integers(5, spread=2**31), Sum())
+        deltas = [one.add(i, 1, update(i, 2**31)) for i in range(8)]
+        deltas += [one.subtract(i, 1, update(i, 2**31)) for i in range(5)]
+        found.append((deltas, one.fingerprint(), one.recompute(), one.to_bytes(), one.out_of_range))
+    assert found[0] == found[1]
+    assert found[0][1] == found[0][2]
+
+
+def test_a_part_has_the_fingerprint_of_the_whole_without_the_rest() -> None:
+    values = integers(1)
+    lanes = Fingerprint(SIZE)
+    parts = [lanes.of(values[:1000]), lanes.of(values[1000:], 1000)]
+    assert fingerprint.add(*parts) == lanes.of(values)
 
 
 def test_without_wrapping_the_fingerprint_moves_by_the_deltas() -> None:
