@@ -172,4 +172,4 @@ def _decay(part: codec.Codec) -> float:
     """
     if getattr(part, "unbiased", False):
         return 0.0
-    return 0.95 if getattr(part, "sparsifies", type(part).__name__ == "Sparse") else 1.0
+    return 0.95 if getattr(part, "sparsifies", False) else 1.0

@@ -13,7 +13,7 @@ stands for ±(2j + 1)·u. With one bit u is the mean magnitude. At 1/64 density 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class Kept(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Sparse:
     """Send the elements that matter most; the others wait in the author's residual."""
+
+    sparsifies: ClassVar[bool] = True
 
     density: float = 1 / 64
     """Fraction of the elements of a chunk that are kept; at least one is."""
