@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 """ComPEFT's grid for the factor on the standard deviation."""
-DENSITIES = (0.05, 0.1, 0.2, 0.5)
+DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.5)
 FEW = (0.01, 0.05, 0.2, 0.5)
 """Of every tensor, for FedZip."""
 WITHIN = 1.01
@@ -214,8 +214,8 @@ def _trainer(plan: Plan, data: Path, seed: int, *, steps: int, initial: bytes | 
     tables = adapt(read_run("text"), peers=1, turns=-(-steps // PART))
     tables["run"] |= {"name": "tuning", "seed": seed}
     tables["task"]["model"] = {"layers": plan.layers, "width": plan.width}
-    if initial is not None:  # a tuning starts near where it ends
-        tables["local"]["optimizer"] = {"name": "adamw", "lr": 1e-3, "schedule": "wsd"}
+    if initial is not None:  # a tuning starts near where it ends: a tenth of AdamW's usual rate
+        tables["local"]["optimizer"] = {"name": "adamw", "lr": 3e-4, "schedule": "wsd"}
     setup = Setup(run=RunSpec.parse(tables), data=str(data))
     return Trainer(setup, initial=initial, clock=time.monotonic)
 

@@ -1,8 +1,10 @@
 """`shoal bench tuning`: two halves, one task vector, and what compressing it costs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,11 +49,17 @@ def tuned() -> Tuned:
     return Tuned(task, model, ((64, 64),), base, flat, windows, windows, 0.0, 24)  # type: ignore[arg-type]
 
 
+def compeft(density: float) -> Sequence[dict[str, Any]]:
+    (trial,) = (t for t in tuning.trials() if t.name == f"ComPEFT, {100 * density:g} %")
+    assert all(settings["density"] == density for settings in trial.settings)
+    return trial.settings
+
+
 def test_a_payload_is_added_to_the_base_and_measured() -> None:
     trials = [
         Trial("dense, 8 bits", "dense", [{"bits": 8}]),
         Trial("topk", "topk", [{"density": 0.5}]),
-        Trial("ComPEFT, 20 %", "topk", tuning.trials()[6].settings),
+        Trial("ComPEFT, 20 %", "topk", compeft(0.2)),
     ]
     rows = {row.name: row for row in tuning.measure(tuned(), trials)}
     before, after = rows["before tuning"], rows["tuned, 32 bits"]
