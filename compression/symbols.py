@@ -4,15 +4,16 @@ Element-wise work over a long vector goes piece by piece: temporaries stay in th
 the results there is never a second copy of the vector.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from shoal.compression import bits, entropy, splitmix
+from shoal.compression import bits, entropy, parallel, splitmix
 
-PIECE = 1 << 16
-"""Elements of a piece on a CPU; its temporaries fit in the cache of one core."""
+PIECE = 3 << 13
+"""Elements of a piece on a CPU: temporaries fit in the cache of one core, and torch, which splits
+operations on 32768 elements and more, leaves each to the thread that called it."""
 DEVICE_PIECE = 1 << 24
 """Elements of a piece on another device, where every operation costs a launch."""
 
@@ -22,6 +23,22 @@ def pieces(size: int, device: torch.device, *, multiple: int = 1) -> Iterator[sl
     wanted = PIECE if device.type == "cpu" else DEVICE_PIECE
     step = max(1, wanted // multiple) * multiple
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def spread(
+    work: Callable[[slice], None], size: int, device: torch.device, *, multiple: int = 1
+) -> None:
+    """Call `work` on every piece of `size` elements; on a CPU by as many threads as torch has."""
+    parts = list(pieces(size, device, multiple=multiple))
+
+    def some(first: int, last: int) -> None:
+        for part in parts[first:last]:
+            work(part)
+
+    if device.type == "cpu":
+        parallel.ranges(some, len(parts))
+    else:
+        some(0, len(parts))
 
 
 def blocks(x_D: Tensor, block: int) -> Tensor:

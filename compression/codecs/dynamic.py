@@ -80,7 +80,8 @@ class Dynamic:
         largest_B = torch.empty(-(-size // BLOCK), dtype=torch.int64, device=device)
         code_D = torch.empty(size, dtype=torch.uint8, device=device)
         value_D = torch.empty(size, dtype=torch.int32, device=device)
-        for part in symbols.pieces(size, device, multiple=BLOCK):
+
+        def piece(part: slice) -> None:
             x_BK = symbols.blocks(x_D[part], BLOCK)
             top_B = x_BK.abs().amax(1)
             symbols.check_finite(top_B)
@@ -92,15 +93,20 @@ class Dynamic:
             largest_B[part.start // BLOCK :][: len(here_B)] = here_B
             code_D[part] = code_N
             value_D[part] = _values(here_B, code_N)
+
+        symbols.spread(piece, size, device, multiple=BLOCK)
         return Encoded(self.pack(Codes(largest_B, code_D), size), Decoded(size, value_D))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
         """Return number · a, in exact integers."""
         largest_B, code_D = self.unpack(payload, size, device)
         value_D = torch.empty(size, dtype=torch.int32, device=code_D.device)
-        for part in symbols.pieces(size, code_D.device, multiple=BLOCK):
+
+        def piece(part: slice) -> None:
             here_B = largest_B[part.start // BLOCK : -(-part.stop // BLOCK)]
             value_D[part] = _values(here_B, code_D[part].to(torch.int32))
+
+        symbols.spread(piece, size, code_D.device, multiple=BLOCK)
         return Decoded(size, value_D)
 
     def bound(self, size: int) -> int:

@@ -67,7 +67,8 @@ class FP4:
         exponent_B = torch.empty(-(-size // BLOCK), dtype=torch.uint8, device=device)
         symbol_D = torch.empty(size, dtype=torch.uint8, device=device)
         value_D = torch.empty(size, dtype=torch.int32, device=device)
-        for part in symbols.pieces(size, device, multiple=BLOCK):
+
+        def piece(part: slice) -> None:
             x_BK = symbols.blocks(x_D[part], BLOCK)
             magnitude_BK = x_BK.abs()
             e_B = self._exponents(magnitude_BK.amax(1))
@@ -78,15 +79,20 @@ class FP4:
             exponent_B[part.start // BLOCK :][: len(e_B)] = e_B
             symbol_D[part] = symbol_N
             value_D[part] = self._values(e_B, symbol_N)
+
+        symbols.spread(piece, size, device, multiple=BLOCK)
         return Encoded(self.pack(Floats(exponent_B, symbol_D), size), Decoded(size, value_D))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
         """Return magnitude · 2^e."""
         exponent_B, symbol_D = self.unpack(payload, size, device)
         value_D = torch.empty(size, dtype=torch.int32, device=symbol_D.device)
-        for part in symbols.pieces(size, symbol_D.device, multiple=BLOCK):
+
+        def piece(part: slice) -> None:
             here = exponent_B[part.start // BLOCK : -(-part.stop // BLOCK)]
             value_D[part] = self._values(here, symbol_D[part])
+
+        symbols.spread(piece, size, symbol_D.device, multiple=BLOCK)
         return Decoded(size, value_D)
 
     def bound(self, size: int) -> int:

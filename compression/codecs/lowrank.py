@@ -330,7 +330,7 @@ def _row_parts(matrix_MN: Tensor) -> Iterator[slice]:
     """Yield slices of rows so that float64 copies of them are small beside the model."""
     rows, columns = matrix_MN.shape
     on_cpu = matrix_MN.device.type == "cpu"
-    some = max(1, (8 * symbols.PIECE if on_cpu else symbols.DEVICE_PIECE) // columns)
+    some = max(1, (16 * symbols.PIECE if on_cpu else symbols.DEVICE_PIECE) // columns)
     return (slice(start, min(start + some, rows)) for start in range(0, rows, some))
 
 
@@ -369,7 +369,8 @@ def _rounded(x_E: Tensor) -> tuple[Tensor, Tensor]:
     device = x_E.device
     scale_B = torch.empty(-(-len(x_E) // BLOCK), dtype=torch.uint8, device=device)
     symbol_E = torch.empty(len(x_E), dtype=torch.uint8, device=device)
-    for part in symbols.pieces(len(x_E), device, multiple=BLOCK):
+
+    def piece(part: slice) -> None:
         x_BK = symbols.blocks(x_E[part], BLOCK)
         largest_B = x_BK.abs().amax(1)
         symbols.check_finite(largest_B)
@@ -380,13 +381,18 @@ def _rounded(x_E: Tensor) -> tuple[Tensor, Tensor]:
         mantissa_BK = mantissa_BK.round().clamp(-TOP, TOP) * (unit_B > 0)[:, None]
         scale_B[part.start // BLOCK :][: len(code_B)] = code_B
         symbol_E[part] = (mantissa_BK.reshape(-1)[: part.stop - part.start] + TOP).to(torch.uint8)
+
+    symbols.spread(piece, len(x_E), device, multiple=BLOCK)
     return scale_B, symbol_E
 
 
 def _values(scale_B: Tensor, symbol_E: Tensor) -> Tensor:
     value_E = torch.empty(len(symbol_E), dtype=torch.int32, device=symbol_E.device)
-    for part in symbols.pieces(len(symbol_E), symbol_E.device, multiple=BLOCK):
+
+    def piece(part: slice) -> None:
         unit_B = scales.of(scale_B[part.start // BLOCK : -(-part.stop // BLOCK)]).to(torch.int32)
         whole_BK = symbols.blocks(symbol_E[part].to(torch.int32) - TOP, BLOCK) * unit_B[:, None]
         value_E[part] = whole_BK.reshape(-1)[: part.stop - part.start]
+
+    symbols.spread(piece, len(symbol_E), symbol_E.device, multiple=BLOCK)
     return value_E

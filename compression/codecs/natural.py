@@ -57,12 +57,15 @@ class Natural:
         symbol_D = torch.empty(size, dtype=torch.uint8, device=device)
         value_D = torch.empty(size, dtype=torch.int32, device=device)
         table = VALUES.to(device)
-        for part in symbols.pieces(size, device):
+
+        def piece(part: slice) -> None:
             x_N = x_D[part]
             code_N = self._exponents(x_N.abs(), key, part)
             code_N += MINUS * ((x_N < 0) & (code_N > 0))
             symbol_D[part] = code_N
             value_D[part] = table.index_select(0, code_N)
+
+        symbols.spread(piece, size, device)
         return Encoded(self.pack(symbol_D, size), Decoded(size, value_D))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
@@ -70,8 +73,11 @@ class Natural:
         symbol_D = self.unpack(payload, size, device)
         value_D = torch.empty(size, dtype=torch.int32, device=symbol_D.device)
         table = VALUES.to(symbol_D.device)
-        for part in symbols.pieces(size, symbol_D.device):
+
+        def piece(part: slice) -> None:
             value_D[part] = table.index_select(0, symbol_D[part].to(torch.int32))
+
+        symbols.spread(piece, size, symbol_D.device)
         return Decoded(size, value_D)
 
     def bound(self, size: int) -> int:

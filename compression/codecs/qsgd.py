@@ -81,7 +81,8 @@ class QSGD:
         scale_B = torch.empty(-(-size // self.block), dtype=torch.uint8, device=device)
         symbol_D = torch.empty(size, dtype=torch.uint8, device=device)
         value_D = torch.empty(size, dtype=torch.int32, device=device)
-        for part in symbols.pieces(size, device, multiple=self.block):
+
+        def piece(part: slice) -> None:
             x_N = x_D[part]
             magnitude_BK = symbols.blocks(x_N.abs(), self.block)
             code_B = scales.up(self._least_unit(magnitude_BK), most=INT32_MAX // s)
@@ -92,15 +93,20 @@ class QSGD:
             scale_B[part.start // self.block :][: len(code_B)] = code_B
             symbol_D[part] = level_N + s
             value_D[part] = self._values(code_B, level_N)
+
+        symbols.spread(piece, size, device, multiple=self.block)
         return Encoded(self.pack(Levels(scale_B, symbol_D), size), Decoded(size, value_D))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
         """Return level · unit."""
         scale_B, symbol_D = self.unpack(payload, size, device)
         value_D = torch.empty(size, dtype=torch.int32, device=symbol_D.device)
-        for part in symbols.pieces(size, symbol_D.device, multiple=self.block):
+
+        def piece(part: slice) -> None:
             here_B = scale_B[part.start // self.block : -(-part.stop // self.block)]
             value_D[part] = self._values(here_B, symbol_D[part].to(torch.int32) - self._levels)
+
+        symbols.spread(piece, size, symbol_D.device, multiple=self.block)
         return Decoded(size, value_D)
 
     def bound(self, size: int) -> int:
