@@ -37,6 +37,8 @@ from shoal.compression.codec import (
 )
 
 VERSION = 0
+SLAB = 1 << 20
+"""Elements that are held as int64 at a time."""
 HALVINGS = 8
 """How many units below the one that reaches the largest element are tried (more than one bit)."""
 
@@ -172,12 +174,14 @@ class TopK:
             place_K = selection.top(x_T, keep)
         else:
             place_K = selection.threshold(x_T, keep, key)
-        x_K = to_integers(x_T[place_K])
+        x_K = _integers(x_T[place_K])
         unit = self._deviation(x_T) if self.magnitude == "std" else self._unit(x_K.abs())
         if unit == 0:  # one canonical form of nothing
             return torch.arange(keep, device=x_T.device), 0, x_K.new_zeros(keep, dtype=torch.uint8)
-        symbol_K = 2 * self._levels(x_K.abs(), unit) + (x_K < 0)
-        return place_K, unit, symbol_K.to(torch.uint8)
+        symbol_K = (x_K < 0).to(torch.uint8)
+        if self.bits > 1:
+            symbol_K += 2 * self._levels(x_K.abs(), unit).to(torch.uint8)
+        return place_K, unit, symbol_K
 
     def _unit(self, magnitude_K: Tensor) -> int:
         """Return the unit that leaves least behind of those tried, from integer sums alone."""
@@ -200,8 +204,8 @@ class TopK:
     def _deviation(self, x_T: Tensor) -> int:
         """Return alpha times the unbiased standard deviation, from integer sums alone."""
         count, total, squares = len(x_T), 0, 0
-        for start in range(0, count, 1 << 22):
-            values = to_integers(x_T[start : start + (1 << 22)])
+        for start in range(0, count, SLAB):
+            values = to_integers(x_T[start : start + SLAB])
             total += int(values.sum())
             squares += sum_of_squares(values)
         alpha = Fraction(self.alpha)
@@ -214,7 +218,7 @@ class TopK:
         return (magnitude_K // (2 * unit)).clamp(max=2 ** (self.bits - 1) - 1)
 
     def _decoded(self, kept: Kept, size: int) -> Decoded:
-        return Decoded(size, _values(kept).to(torch.int32), kept.places)
+        return Decoded(size, _values(kept), kept.places)
 
     def _check(self, kept: Kept, lengths: list[int]) -> None:
         """Refuse places outside their tensor, values outside int32, and signs of zeros."""
@@ -222,16 +226,16 @@ class TopK:
         ends = torch.tensor([0, *lengths], device=device).cumsum(0)
         if torch.searchsorted(kept.places, ends).diff().tolist() != kept.counts:
             raise PayloadError("a tensor keeps more or fewer elements than stated")
-        if any(u > INT32_MAX for u in kept.units) or bool((_values(kept).abs() > INT32_MAX).any()):
-            raise PayloadError("value outside int32")
         first = 0
         for start, n, unit, count in zip(
             ends.tolist()[:-1], lengths, kept.units, kept.counts, strict=True
         ):
-            if unit == 0:
-                at, said = (v[first : first + count] for v in (kept.places, kept.symbols))
-                if count != self._keep(n) or int(at[-1]) != start + count - 1 or bool(said.any()):
-                    raise PayloadError("magnitude zero must keep the first elements, unsigned")
+            at, said = (v[first : first + count] for v in (kept.places, kept.symbols))
+            if (int(said.max()) | 1) * unit > INT32_MAX:
+                raise PayloadError("value outside int32")
+            first_ones = count == self._keep(n) and int(at[-1]) == start + count - 1
+            if unit == 0 and (not first_ones or bool(said.any())):
+                raise PayloadError("magnitude zero must keep the first elements, unsigned")
             first += count
 
     @property
@@ -248,10 +252,22 @@ class TopK:
 
 
 def _values(kept: Kept) -> Tensor:
-    """Return ±(2j + 1)·u as int64."""
-    symbol_K = kept.symbols.to(torch.int64)
-    unit_K = symbol_K.new_tensor(kept.units).repeat_interleave(symbol_K.new_tensor(kept.counts))
-    return (1 - 2 * (symbol_K & 1)) * (2 * (symbol_K >> 1) + 1) * unit_K
+    """Return ±(2j + 1)·u as int32."""
+    values_K = (kept.symbols | 1).to(torch.int32)  # 2j + 1, whatever the sign
+    values_K *= 1 - 2 * (kept.symbols & 1).to(torch.int32)
+    first = 0
+    for unit, count in zip(kept.units, kept.counts, strict=True):
+        values_K[first : first + count] *= unit
+        first += count
+    return values_K
+
+
+def _integers(x_K: Tensor) -> Tensor:
+    """Return `to_integers` as int32, a slab at a time."""
+    values_K = torch.empty(len(x_K), dtype=torch.int32, device=x_K.device)
+    for start in range(0, len(x_K), SLAB):
+        values_K[start : start + SLAB] = to_integers(x_K[start : start + SLAB])
+    return values_K
 
 
 def _numbers(reader: bits.Reader, count: int) -> list[int]:
