@@ -226,7 +226,7 @@ def _vectors(inputs: Sequence[str], sizes: Sequence[int], *, quick: bool) -> Ite
 
 def _matrices(size: int) -> "Shapes":
     """Return shapes for a vector without a model: square matrices, then what is left."""
-    side = 1024 if size >= 1 << 20 else 64
+    side = 1024 if size >= 1 << 23 else 256 if size >= 1 << 19 else 64
     whole, rest = divmod(size, side * side)
     return ((side, side),) * whole + (((rest,),) if rest else ())
 
