@@ -71,7 +71,8 @@ class Remedy(Enum):
     RESEND = "resend"
     """Ask for the frames `first` to `last` again; the author and every receiver can give them."""
     KEYFRAME = "keyframe"
-    """Ask anyone who has passed `last` for `keyframe()` and `take` it."""
+    """Ask anyone who has passed `last` for a keyframe and `take` it: `keyframe()`, or where authors
+    have replicas (`frames.Streams`) `keyframe_of(author)`."""
     REWEIGH = "reweigh"
     """Nothing: the round is the mean of what came. Others must leave the frame out too, or this
     peer's point is off by the frame's share until a keyframe."""

@@ -238,12 +238,15 @@ class Numbered:
 
     def keyframe(self) -> bytes:
         """Return what is shared as a safetensors file."""
-        counts = sorted(self._closed_counts().items())
+        return self._pack(self._closed_counts(), self._shared())
+
+    def _pack(self, held: Mapping[bytes, int], shared: Mapping[str, Tensor]) -> bytes:
+        counts = sorted(held.items())
         names = np.frombuffer(b"".join(a for a, _ in counts), np.uint8)
         return bytes(
             save(
                 {
-                    **{name: t.detach().cpu().contiguous() for name, t in self._shared().items()},
+                    **{name: t.detach().cpu().contiguous() for name, t in shared.items()},
                     "authors": torch.from_numpy(names.reshape(len(counts), -1).copy()),
                     "counts": torch.tensor([n for _, n in counts], dtype=torch.int64),
                 }
@@ -331,6 +334,12 @@ class Streams(Numbered):
         for author in sorted(self.replicas):
             total_D += self.replicas[author]
         return total_D / max(1, len(self.replicas))
+
+    def keyframe_of(self, author: bytes) -> bytes:
+        """Return a keyframe of one author's replica: what a lost frame of it asks for."""
+        ending = f"/{author.hex()}"
+        shared = {name: t for name, t in self._shared().items() if name.endswith(ending)}
+        return self._pack({a: n for a, n in self.counts.items() if a == author}, shared)
 
     def close(self, x_D: Tensor) -> Tensor:
         """Return the mean; who sent nothing counts with what it said before."""

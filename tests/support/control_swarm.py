@@ -29,6 +29,7 @@ from shoal.node.simulate import (
     fake_run,
 )
 from shoal.training.control import Control, Remedy, Taken
+from shoal.training.frames import Streams
 
 BAD = Network(loss=0.1, duplicate=0.1, latency=(0.01, 0.3))
 
@@ -135,7 +136,9 @@ class ControlWorker:
                 assert self.control.receive(author, n, again) is Taken.APPLIED
         elif lost.remedy is Remedy.KEYFRAME:
             assert self.control.receive(author, number + 1, payload) is Taken.EARLY
-            self.control.take(self._passed(author, number).control.keyframe())
+            donor = self._passed(author, number).control
+            assert isinstance(donor, Streams)
+            self.control.take(donor.keyframe_of(author))
             assert self.control.receive(author, number, payload) is Taken.KNOWN
 
     def _worker(self, author: bytes) -> "ControlWorker":

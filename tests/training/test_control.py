@@ -1,6 +1,7 @@
 """Error control as state machines: published trajectories, identities, numbers, repair, joining."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SHARING = [name for name in control.names() if name != "ef14"]
 STREAMS = ["econtrol", "ef21", "ef21-w"]
 ROUNDS = [name for name in control.names() if name not in STREAMS]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Vectors are tiny: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def vector(seed: int, size: int = SIZE) -> Tensor:
@@ -151,13 +161,13 @@ def test_scafcom_without_compression_finds_the_optimum_that_averaging_misses() -
     assert abs(y.item() + 0.5) > 0.01
 
 
-@pytest.mark.parametrize(("memory", "step"), [(False, 0.1), (True, 0.05)], ids=["masha1", "masha2"])
+@pytest.mark.parametrize(("memory", "step"), [(False, 0.1), (True, 0.2)], ids=["masha1", "masha2"])
 def test_masha_solves_a_game_to_machine_precision(memory: bool, step: float) -> None:
     """Two nodes, a bilinear game + 0.2 I in four dimensions."""
     chance = torch.Generator().manual_seed(3)
     games, offsets = [], torch.randn(2, 4, generator=chance, dtype=torch.float64)
     for _ in range(2):
-        a = torch.randn(2, 2, generator=chance, dtype=torch.float64)
+        a = torch.linalg.qr(torch.randn(2, 2, generator=chance, dtype=torch.float64)).Q
         game = 0.2 * torch.eye(4, dtype=torch.float64)
         game[:2, 2:], game[2:, :2] = a, -a.T
         games.append(game)
@@ -166,7 +176,7 @@ def test_masha_solves_a_game_to_machine_precision(memory: bool, step: float) -> 
     options = {"memory": memory, "step": step, "keep": 0.75}
     controls = [exact("masha", i, size=4, codec=codec, **options) for i in range(2)]
     z = torch.zeros(4, dtype=torch.float64)
-    for t in range(8000):
+    for t in range(2500 if memory else 4000):
         at = controls[0].point(z)
         fields = [m @ at - b for m, b in zip(games, offsets, strict=True)]
         z = z - step * play_round(controls, fields, z, t)
