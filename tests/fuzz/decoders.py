@@ -36,13 +36,15 @@ def variants(name: str) -> list[dict[str, Any]]:
 
 
 def check(part: Any, payload: bytes, size: int) -> None:
-    """Decode: either PayloadError and nothing else, or a vector that keeps every promise."""
-    from shoal.compression.codec import PayloadError
+    """Decode: either PayloadError and nothing else, or a vector that keeps every promise.
 
-    try:
-        decoded = part.decode(payload, size)
-    except PayloadError:
+    Once by the torch code, once by the compiled loops: both must say the same.
+    """
+    decoded, again = (outcome(part, payload, size, compiled=c) for c in (False, True))
+    assert (decoded is None) == (again is None), "torch and compiled loops disagree"
+    if decoded is None or again is None:
         return
+    assert decoded.values.equal(again.values)
     assert len(payload) <= part.bound(size)
     assert decoded.size == size
     values = decoded.values
@@ -59,17 +61,37 @@ def check(part: Any, payload: bytes, size: int) -> None:
     assert part.pack(part.unpack(payload, size), size) == payload, "two forms of one content"
 
 
+def outcome(part: Any, payload: bytes, size: int, *, compiled: bool) -> Any:
+    """Return what the payload decodes to, or None if it is refused."""
+    from shoal.compression import parallel
+    from shoal.compression.codec import PayloadError
+
+    parallel.LARGE = parallel.LOADED = 1 if compiled else 1 << 62
+    try:
+        return part.decode(payload, size)
+    except PayloadError:
+        return None
+
+
 def codec_target(name: str) -> Any:
     """Return the function that takes an input."""
-    from shoal.compression import codec
-
-    parts = [codec.make(name, options) for options in variants(name)]
 
     def target(data: bytes) -> None:
         if len(data) >= 2:
-            check(parts[data[0] % len(parts)], data[2:], SIZES[data[1] % len(SIZES)])
+            size = SIZES[data[1] % len(SIZES)]
+            found = parts[size]
+            check(found[data[0] % len(found)], data[2:], size)
 
+    parts = {size: makes(name, size) for size in SIZES}
     return target
+
+
+def makes(name: str, size: int) -> list[Any]:
+    """Return the codec under all settings, for one tensor and (1000 elements) for several."""
+    from shoal.compression import codec
+
+    shapes = ((10, 50), (3,), (7, 71)) if size == 1000 else ((size,),)
+    return [codec.make(name, options, shapes=shapes) for options in variants(name)]
 
 
 def wire_target() -> Any:
@@ -99,9 +121,8 @@ def corpus() -> None:
     for name in codec.names():
         folder = HERE / "corpus" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for i, options in enumerate(variants(name)):
-            part = codec.make(name, options)
-            for j, size in ((2, 64), (5, 257), (6, 1000)):
+        for j, size in ((2, 64), (5, 257), (6, 1000)):
+            for i, part in enumerate(makes(name, size)):
                 generator = torch.Generator().manual_seed(j)
                 x = torch.randn(size, generator=generator) * 20_000
                 payload = part.encode(x, key=j).payload
