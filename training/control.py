@@ -124,6 +124,11 @@ class Control(Protocol):
         """Return the number of the last frame that was committed."""
         ...
 
+    @property
+    def listening(self) -> bool:
+        """Say whether this author can publish nothing in the open round."""
+        ...
+
     def point(self, x_D: Tensor) -> Tensor:
         """Return where the author takes its gradient when the shared point is x."""
         ...
@@ -150,6 +155,10 @@ class Control(Protocol):
 
     def close(self, x_D: Tensor) -> Tensor:
         """End the round at the shared point x and return the direction to step against."""
+        ...
+
+    def leave(self, author: bytes) -> None:
+        """The author is gone for good; every peer must say so in the same round."""
         ...
 
     def lose(self, author: bytes, number: int) -> Lost:

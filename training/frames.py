@@ -3,7 +3,8 @@
 A frame is one byte of flags (1: a checksum follows, 2: the body is dense floats), eight bytes of
 checksum if so, what the method itself adds (a fixed number of bytes), and the codec's payload. The
 checksum is of what author and receivers share *before* the frame, so a replica that differs is
-found before it is used; every 32nd frame of an author carries one.
+found before it is used; every 32nd frame of an author carries one. That also finds out who gave a
+false keyframe.
 
 `Streams` keep one replica for every author; `Rounds` collect the frames of a round and change a
 memory that all share when it is closed. The methods in `controls/` build on one or the other.
@@ -125,6 +126,11 @@ class Numbered:
     def count(self) -> int:
         """Return the number of this author's last frame."""
         return self.counts.get(self.seat.author, 0)
+
+    @property
+    def listening(self) -> bool:
+        """Return False: there is always something to say."""
+        return False
 
     def point(self, x_D: Tensor) -> Tensor:
         """Return x."""

@@ -97,7 +97,7 @@ class ControlWorker:
             self._join()
         self.close_before(turn)
         payload = None
-        if not getattr(self.control, "listening", False):
+        if not self.control.listening:
             at_D = self.control.point(self.x)
             vector_D = self.problem.vector(self.index, self.control, at_D, turn)
             payload = self.control.publish(vector_D, key=turn << 16 | self.index)

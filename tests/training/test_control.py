@@ -1,6 +1,7 @@
 """Error control as state machines: published trajectories, identities, numbers, repair, joining."""
 
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -385,6 +386,36 @@ def test_what_is_no_frame_says_nothing_to_anyone(name: str, payload: bytes) -> N
     assert author.close(vector(9)).equal(peer.close(vector(9)))
 
 
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Return data with some bytes changed, cut off or added."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
+    if rng.random() < 0.3:
+        changed = changed[: rng.randrange(len(changed))]
+    return bytes(changed) + rng.randbytes(rng.choice([0, 0, 3]))
+
+
+@pytest.mark.parametrize("name", control.names())
+def test_damaged_frames_and_keyframes_raise_nothing_unforeseen(name: str) -> None:
+    rng = random.Random(name)
+    author, x = seated(name, 0), vector(9)
+    for t in range(3):
+        frame = publish(author, vector(t))
+        author.close(x)
+    keyframe = author.keyframe()
+    for _ in range(150):
+        peer = seated(name, 1)
+        peer.take(keyframe)
+        assert isinstance(peer.receive(name_of(0), 4, mutated(frame, rng)), Taken)
+        assert bool(torch.isfinite(peer.close(x)).all())
+        fresh = seated(name, 1)
+        try:
+            fresh.take(mutated(keyframe, rng))
+        except PayloadError:
+            assert fresh.checksum() == seated(name, 1).checksum()
+
+
 def test_floats_that_are_not_finite_are_refused_in_anchor_rounds() -> None:
     author, peer = seated("masha", 0), seated("masha", 1)
     payload = bytearray(author.publish(vector(1)))
@@ -461,7 +492,7 @@ def test_a_late_joiner_is_bit_identical_from_the_keyframe_on(name: str) -> None:
     assert late.checksum() == pair[0].checksum()
     trio = [*pair, late]
     for t in range(9, 40):
-        if getattr(late, "listening", False):
+        if late.listening:
             frames = [(name_of(i), publish(one, vector(3 * t + i))) for i, one in enumerate(pair)]
             for one in trio:
                 for i, (who, payload) in enumerate(frames):
