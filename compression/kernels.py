@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
 
@@ -58,7 +57,7 @@ def _load(_context: Any, array: Any, index: Any) -> Any:
     """Return the 8 bytes of a uint8 array from `index`, little-endian, aligned or not."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = _pointer(context, builder, signature, arguments, 64)
+        where = _pointer(context, builder, signature, arguments)
         return builder.load(where, align=1)
 
     return types.uint64(array, index), generate
@@ -68,7 +67,7 @@ def _store(_context: Any, array: Any, index: Any, value: Any) -> Any:
     """Write the 8 bytes of `value` from `index`, little-endian."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = _pointer(context, builder, signature, arguments, 64)
+        where = _pointer(context, builder, signature, arguments)
         builder.store(arguments[2], where, align=1)
         return context.get_dummy_value()
 
@@ -79,10 +78,10 @@ _load64: Any = intrinsic(_load)
 _store64: Any = intrinsic(_store)
 
 
-def _pointer(context: Any, builder: Any, signature: Any, arguments: Any, width: int) -> Any:
+def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     array = context.make_array(signature.args[0])(context, builder, arguments[0])
     where = pointers.gep_inbounds(builder, array.data, arguments[1])
-    return builder.bitcast(where, ir.IntType(width).as_pointer())
+    return builder.bitcast(where, context.get_value_type(types.uint64).as_pointer())
 
 
 # Huffman (entropy.py)
