@@ -88,13 +88,15 @@ def test_the_transform_is_numpys_in_both_directions(height: int, width: int, see
     assert float((back - x.double()).norm()) < 6e-4 * norm + 2 * math.sqrt(height * width)
 
 
-@pytest.mark.parametrize("sign", ["same", "basis"])
-def test_every_product_is_exact_at_the_largest_magnitudes(sign: str) -> None:
+@pytest.mark.parametrize("tile", ["same", "basis", "halves"])
+def test_every_product_is_exact_and_halves_go_up(tile: str) -> None:
     """Float64 gives Python's integers for tiles of ±(2³¹ - 1), in either direction."""
     x = torch.full((64, 64), float(INT32_MAX), dtype=torch.float64)
     basis = [[int(v) for v in row] for row in dct.basis(64).tolist()]
-    if sign == "basis":  # the signs that make the sums of one coefficient largest
+    if tile == "basis":  # the signs that make the sums of one coefficient largest
         x *= dct.basis(64)[5].sign()[:, None] * dct.basis(64)[9].sign()[None, :]
+    if tile == "halves":  # multiples of 2¹³ end on a half as often as not
+        x = 2.0**13 * (2 * (gaussian(4096).round() % 9) + 1).double().reshape(64, 64)
     whole = [[int(v) for v in row] for row in x.tolist()]
 
     def product(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
@@ -105,11 +107,11 @@ def test_every_product_is_exact_at_the_largest_magnitudes(sign: str) -> None:
         ]
 
     turned = [list(column) for column in zip(*basis, strict=True)]
-    for first, last, tile in (
+    for first, last, found in (
         (basis, turned, lambda: dct._shifted(dct._shifted(dct.basis(64) @ x) @ dct.basis(64).T)),
         (turned, basis, lambda: dct._back(x.reshape(1, -1), grid(64, 64))[0]),
     ):
-        assert tile().tolist() == product(product(first, whole), last)
+        assert found().tolist() == product(product(first, whole), last)
 
 
 def rebuilt(part: Any, payload: bytes, shapes: codec.Shapes) -> NDArray[np.float64]:

@@ -131,7 +131,7 @@ def test_contractive_leaves_one_minus_the_density_on_average() -> None:
 @pytest.mark.parametrize(("bits", "scale"), [(1, 0.7), (2, 3.0), (4, 0.7), (8, 1e5)])
 def test_unbiased_means_are_the_vector_even_below_one_quantum(bits: int, scale: float) -> None:
     part = codec.make("random", {"density": 0.25, "bits": bits, "scaling": "unbiased"})
-    x, keys = gaussian(40, scale=scale), 2000
+    x, keys = gaussian(43, scale=scale), 2000  # strata of 4 and of 5
     decoded = torch.stack([part.encode(x, key=k).decoded.dense() for k in range(keys)]).double()
     error = decoded.std(0).clamp(min=1e-9) / keys**0.5
     assert float(((decoded.mean(0) - x.double()).abs() / error).max()) < 5
