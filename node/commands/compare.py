@@ -98,7 +98,8 @@ def make_jobs(args: argparse.Namespace) -> "list[Job]":
         name = stem if stem in recipes else Path(file).stem
         recipes[stem if name in recipes else name] = tables
         for preset, changed in _presets(tables, args.preset):
-            recipes[preset if len(args.run_files) == 1 else f"{name} {preset}"] = changed
+            alone = len(args.run_files) == 1 and preset not in recipes
+            recipes[preset if alone else f"{name} {preset}"] = changed
     return [
         Job(
             name=name,
