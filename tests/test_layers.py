@@ -17,7 +17,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {
     "gossip": set[str](),
-    "compression": {"torch", "numpy", "numba", "constriction", "zstandard"},
+    "compression": {"torch", "numpy", "numba", "llvmlite", "constriction", "zstandard"},
     "training": {"torch", "numpy", "sklearn", "safetensors"},
     "proto": {"google", "grpc", "grpc_tools", "collections", "typing"},
 }
