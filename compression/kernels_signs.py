@@ -1,0 +1,120 @@
+"""The loops of `perturbation` over large vectors on the CPU: all seeds while a tile is in cache.
+
+A tile is 64 words of signs. They are hashed into a buffer; then elements are added where their bit
+is set, which compiles to masked vector instructions. What is summed stays in the first level of
+cache for as many seeds as there are, so memory is passed once. Tiles begin where a word does,
+whatever element a range begins at; what of a tile lies outside the range is zero or not stored.
+Import this through `perturbation` alone.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from shoal.compression.kernels import _compiled as compiled
+
+Array = Any
+Int = Any
+
+WORDS = 64
+TILE = 64 * WORDS
+
+float32: Any = np.float32
+int32: Any = np.int32
+int64: Any = np.int64
+uint64: Any = np.uint64
+
+_STEP = uint64(0x9E3779B97F4A7C15)
+_MUL1 = uint64(0xBF58476D1CE4E5B9)
+_MUL2 = uint64(0x94D049BB133111EB)
+_30, _27, _31 = uint64(30), uint64(27), uint64(31)
+_BIT = np.uint64(1) << np.arange(64, dtype=np.uint64)
+_BIT32 = _BIT[:32].astype(np.uint32)
+"""Lanes of an int32 are tested against lanes as wide."""
+
+
+@compiled
+def _hash(key: Int, first: Int, word: Array) -> None:
+    """Set word[w] to out(first + w); twin: `splitmix.words`."""
+    at = key + uint64(first + 1) * _STEP
+    for w in range(len(word)):
+        z = at + uint64(w) * _STEP
+        z = (z ^ (z >> _30)) * _MUL1
+        z = (z ^ (z >> _27)) * _MUL2
+        word[w] = z ^ (z >> _31)
+
+
+@compiled
+def accumulate(
+    start: Int, end: Int, total: Array, first: Int, keys: Array, change: Array, base: Int
+) -> None:
+    """Add base + Σ change · bit mod 2³²; twin: `perturbation.accumulate` in torch."""
+    word = np.empty(WORDS, np.uint64)
+    half = word.view(np.uint32)
+    tile = np.empty(TILE, np.int32)
+    at = start
+    while at < end:
+        skip = (first + at) % 64
+        count = min(end - at, TILE - skip)
+        tile[:] = base
+        for k in range(len(keys)):
+            _hash(keys[k], (first + at) // 64, word)
+            a = change[k]
+            for h in range(2 * WORDS):
+                bits = half[h]
+                part = tile[32 * h : 32 * h + 32]
+                for j in range(32):
+                    part[j] += a if bits & _BIT32[j] else int32(0)
+        out, sums = total[at : at + count], tile[skip : skip + count]
+        for i in range(count):
+            out[i] += sums[i]
+        at += count
+
+
+@compiled
+def project(start: Int, end: Int, x: Array, first: Int, keys: Array) -> Array:
+    """Return Σ x · z for each key; twin: `perturbation.project` in torch."""
+    found = np.zeros(len(keys), np.int64)
+    word = np.empty(WORDS, np.uint64)
+    tile = np.empty(TILE, np.int64)
+    lane = np.empty(64, np.int64)
+    at = start
+    while at < end:
+        skip = (first + at) % 64
+        count = min(end - at, TILE - skip)
+        tile[:] = 0
+        tile[skip : skip + count] = x[at : at + count]
+        total = tile.sum()
+        for k in range(len(keys)):
+            _hash(keys[k], (first + at) // 64, word)
+            lane[:] = 0
+            for w in range(WORDS):
+                bits = word[w]
+                part = tile[64 * w : 64 * w + 64]
+                for j in range(64):
+                    lane[j] += part[j] if bits & _BIT[j] else int64(0)
+            found[k] += total - 2 * lane.sum()
+        at += count
+    return found
+
+
+@compiled
+def perturb(start: Int, end: Int, x: Array, first: Int, key: Int, scale: Int) -> None:
+    """Add scale · z; twin: `perturbation.perturb` in torch."""
+    word = np.empty(WORDS, np.uint64)
+    half = word.view(np.uint32)
+    tile = np.empty(TILE, np.float32)
+    at = start
+    while at < end:
+        skip = (first + at) % 64
+        count = min(end - at, TILE - skip)
+        _hash(key, (first + at) // 64, word)
+        for h in range(2 * WORDS):
+            bits = half[h]
+            part = tile[32 * h : 32 * h + 32]
+            for j in range(32):
+                part[j] = -scale if bits & _BIT32[j] else scale
+        out, steps = x[at : at + count], tile[skip : skip + count]
+        for i in range(count):
+            out[i] += steps[i]
+        at += count
