@@ -51,12 +51,17 @@ class Known(NamedTuple):
 class Home:
     """A peer's directory, locked for this process. Use as a context manager, or `close` it."""
 
-    def __init__(self, path: Path) -> None:
-        """Create the directory if need be and lock it; ConfigError when another daemon has it."""
+    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+        """Create the directory if need be and lock it; ConfigError when another daemon has it.
+
+        With `readonly` neither: for who only looks, also while a daemon runs.
+        """
         self.path = path
+        self._lock: TextIO | None = None
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock: TextIO | None = _lock(path)
+            if not readonly:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._lock = _lock(path)
         except OSError as error:
             raise ConfigError(
                 f"{path} can't be used ({error.strerror}): choose another directory with --dir"

@@ -36,12 +36,10 @@ def metadata(genesis: Genesis, frontier: Hash) -> dict[str, str]:
 
 def export(directory: Path, target: Path) -> None:
     """Write the model that the directory's log means."""
-    if not (directory / "genesis").exists():
-        raise ConfigError(f"{directory} holds no run; name the directory that `shoal start` made")
+    read_genesis(Home(directory, readonly=True))  # or the lock would make the directory
     with Home(directory) as home:
-        genesis = home.genesis(Limits())
-        assert genesis is not None
-        trainer = _trainer(home, genesis)
+        genesis = read_genesis(home)
+        trainer = make_trainer(home, genesis)
         store = Store.open(home.log, Limits(), run=genesis.run_id, readonly=True)
         wire = Wire(genesis.run_id, lambda peer, admission: True, Limits())
         entries = []
@@ -50,21 +48,57 @@ def export(directory: Path, target: Path) -> None:
         trainer.export(target, metadata(genesis, entries_hash(entries)))
 
 
-def _trainer(home: Home, genesis: Genesis) -> "Trainer":
+def read_genesis(home: Home) -> Genesis:
+    """Return the run that a directory holds; ConfigError when it holds none."""
+    genesis = home.genesis(Limits())
+    if genesis is None:
+        raise ConfigError(f"{home.path} holds no run; name the directory that `shoal start` made")
+    return genesis
+
+
+def make_trainer(
+    home: Home,
+    genesis: Genesis,
+    *,
+    device: str = "cpu",
+    threads: int = 0,
+    data: str = "",
+    allow_task: str = "",
+) -> "Trainer":
+    """Build the run at its initial model, from the seed or from the integers kept in `home`.
+
+    Without `allow_task` the one of its node.toml is allowed. Raises ConfigError when the run can't
+    be built here, or is another model's than its genesis says.
+    """
     from shoal.training.run import RunError, RunSpec
     from shoal.training.trainer import Setup, Trainer
 
-    allowed = NodeConfig.load(home.node_toml).allow_task or None
+    allowed = allow_task or NodeConfig.load(home.node_toml).allow_task or None
     initial = home.initial.read_bytes() if home.initial.exists() else None
+    if initial is not None and not genesis.is_initial(initial):
+        initial = None  # damaged: the daemon, too, makes it anew from the seed
     try:
         spec = RunSpec.parse(json.loads(genesis.tables), allow_task=allowed)
-        trainer = Trainer(Setup(run=spec, allow_task=allowed), initial=initial, clock=_no_clock)
+        setup = Setup(
+            run=spec,
+            device=device,
+            threads=threads,
+            data=data or None,
+            allow_task=allowed,
+        )
+        trainer = Trainer(setup, initial=initial, clock=_no_clock)
     except RunError as error:
         raise ConfigError(str(error)) from error
+    if (trainer.parameters, trainer.layout) != (genesis.parameters, genesis.layout):
+        raise ConfigError(
+            f"the task builds another model here ({trainer.parameters} parameters) than the run's "
+            f"({genesis.parameters}): install the version of Shoal and of the task that the "
+            "founder uses"
+        )
     if not genesis.is_initial(trainer.initial_bytes()):
         raise ConfigError(
             f"this machine makes another initial model than the run's and {home.initial} is not "
-            "there; start the daemon, which fetches it"
+            "there, or damaged; start the daemon, which fetches it"
         )
     return trainer
 

@@ -14,6 +14,7 @@ append that was interrupted and never acknowledged; it is cut. Anything else tha
 
 import contextlib
 import errno
+import mmap
 import os
 import struct
 import threading
@@ -38,6 +39,7 @@ _OWN = 1
 _HAS_PAYLOAD = 2
 _READERS = 16
 _COPY = 1 << 20
+_TORN = "a frame is cut off"
 
 
 class Kind(IntEnum):
@@ -107,6 +109,18 @@ class Head:
             self.check,
         )
         return body + _CRC.pack(zlib.crc32(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One frame as `Segments.examine` finds it."""
+
+    at: Place
+    head: Head | None
+    """None: not even its head checks, so nothing that it says counts."""
+    record: bytes
+    wrong: str
+    """What does not check; empty when the frame is whole."""
 
 
 class DamageError(Exception):
@@ -263,6 +277,10 @@ class Segments:
         if head.kind is Kind.FORGOTTEN:
             return head, b""
         record = os.pread(fd, head.record_bytes, at + HEAD_BYTES)
+        self._check_frame(fd, at, head, record, payloads=payloads)
+        return head, record
+
+    def _check_frame(self, fd: int, at: int, head: Head, record: bytes, *, payloads: bool) -> None:
         if check_of(record) != head.check:
             raise DamageError("a record does not check")
         if payloads and head.has_payload:
@@ -272,7 +290,6 @@ class Segments:
                 hasher.update(os.pread(fd, min(_COPY, head.payload_bytes - offset), start + offset))
             if hasher.digest() != head.payload:
                 raise DamageError("a payload does not check")
-        return head, record
 
     def _cut(self, number: int, good: int, end: int) -> None:
         name = self.path(number).name
@@ -310,6 +327,56 @@ class Segments:
             self._disk.sync(fd)
         finally:
             os.close(fd)
+
+    # ------------------------------------------------------------------ examining
+
+    def examine(self) -> Iterator[Found]:
+        """Yield every frame of every segment in order, payloads hashed, with what is wrong with it.
+
+        Unlike `scan` this changes nothing and goes on behind damage. A frame that the last segment
+        ends in the middle of is left out, with a note: a daemon may be writing it, or was.
+        """
+        numbers = sorted(int(p.stem) for p in self.directory.glob("*.seg") if p.stem.isdecimal())
+        for number in numbers:
+            with self.path(number).open("rb") as file:
+                yield from self._examine(file.fileno(), number, last=number == numbers[-1])
+
+    def _examine(self, fd: int, number: int, *, last: bool) -> Iterator[Found]:
+        end = self.sizes[number] = os.fstat(fd).st_size
+        try:
+            self._check_segment_head(os.pread(fd, _SEGMENT.size, 0), number)
+        except TornError:  # of the last one: a daemon was making it
+            if not last:
+                yield Found(place(number, 0), None, b"", _TORN)
+            return
+        except (DamageError, ConfigError) as error:
+            yield Found(place(number, 0), None, b"", str(error))
+        at, sound = _SEGMENT.size, True
+        while at < end:
+            found = self._found(fd, place(number, at), end)
+            if found.wrong == _TORN and last and sound:
+                self.notes.append(f"{self.path(number).name}: byte {at}: half a frame at the end")
+                return
+            yield found
+            sound = sound and not found.wrong
+            at = at + found.head.frame_bytes if found.head else _next_frame(fd, at + 1, end)
+
+    def _found(self, fd: int, at: Place, end: int) -> Found:
+        """Look at the frame at `at`; one whose head does not check has no length and no name."""
+        try:
+            head = self._head(os.pread(fd, HEAD_BYTES, at.offset))
+            if at.offset + head.frame_bytes > end:
+                return Found(at, None, b"", _TORN)
+        except DamageError as damage:
+            return Found(at, None, b"", str(damage))
+        if head.kind is Kind.FORGOTTEN:
+            return Found(at, head, b"", "")
+        record = os.pread(fd, head.record_bytes, at.offset + HEAD_BYTES)
+        try:
+            self._check_frame(fd, at.offset, head, record, payloads=True)
+        except DamageError as damage:
+            return Found(at, head, record, str(damage))
+        return Found(at, head, record, "")
 
     # ------------------------------------------------------------------ writing
 
@@ -463,7 +530,7 @@ class Segments:
                 largest_payload=self.bounds.payload_bytes,
             )
         except TornError as torn:
-            raise DamageError("a frame is cut off") from torn
+            raise DamageError(_TORN) from torn
 
     def _read(self, segment: int, offset: int, size: int) -> bytes:
         with self._lock:
@@ -477,7 +544,7 @@ class Segments:
             while len(data) < size:  # one call returns at most 2 GiB, or less after a signal
                 more = os.pread(fd, size - len(data), offset + len(data))
                 if not more:
-                    raise DamageError("a frame is cut off")
+                    raise DamageError(_TORN)
                 data += more
         return data
 
@@ -491,3 +558,15 @@ class Segments:
                 raise
             os.close(self._readers.pop(next(iter(self._readers))))
             return os.open(path, flags)
+
+
+def _next_frame(fd: int, at: int, end: int) -> int:
+    """Return where the next head that checks begins, from `at` on, or `end`."""
+    with mmap.mmap(fd, end, access=mmap.ACCESS_READ) as data:
+        while (at := data.find(_FRAME_MAGIC, at)) >= 0:
+            head = data[at : at + HEAD_BYTES]
+            crc = _CRC.unpack_from(head, _HEAD.size)[0] if len(head) == HEAD_BYTES else -1
+            if crc == zlib.crc32(head[: _HEAD.size]):
+                return at
+            at += 1
+    return end

@@ -448,7 +448,7 @@ class Store:
 
     def _take_log_id(self) -> None:
         """Go on with the recorded log id, or take a fresh one when part of the log may be lost."""
-        recorded, *were = _read_log_id(self._segments.directory / "log.json")
+        recorded, *were = read_log_id(self._segments.directory / "log.json")
         count, last = self._files()
         lost = self._segments.damaged or count < were[0] or last < were[1]
         if recorded and not lost:
@@ -506,8 +506,8 @@ def _stored(key: Key, head: Head, raw: bytes) -> Stored:
     return Stored(key, raw, head.payload, head.payload_bytes, head.has_payload, head.own)
 
 
-def _read_log_id(path: Path) -> tuple[int, int, int]:
-    """Return log id, number of segments, last segment; zeros when there is no legible record."""
+def read_log_id(path: Path) -> tuple[int, int, int]:
+    """Return what log.json says: log id, number of segments, last segment; zeros if illegible."""
     try:
         body = json.loads(path.read_bytes())
         return int(body["log"], 16), int(body["segments"]), int(body["last"])

@@ -71,6 +71,17 @@ class Founding:
 
 
 @dataclass(frozen=True, slots=True)
+class Stated:
+    """What a checkpoint says that the shared model was."""
+
+    frontier: Any
+    """Whatever was given to `save`."""
+    fingerprint: Lanes
+    ledger: Tensor
+    """The model's integers; the fingerprint is theirs."""
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """What a checkpoint held besides tensors."""
 
@@ -272,6 +283,16 @@ class Trainer:
             "seconds_per_step": self._seconds_per_step,
         }
         _write(path, named, {"shoal": json.dumps(state)})
+
+    def stated(self, path: Path) -> Stated:
+        """Return what a checkpoint says of the shared model, and take nothing of it.
+
+        Raises CheckpointError when the file is damaged or of another model.
+        """
+        tensors, state = _read(path)
+        self._check(path, tensors, state)
+        first, second = state["fingerprint"]
+        return Stated(state["frontier"], (first, second), tensors["ledger"])
 
     def load(self, path: Path, own: tuple[int, int] | None = None) -> Loaded:
         """Read a checkpoint. `own` is log and number of the last update that the log holds.
