@@ -34,13 +34,14 @@ def beside(name: str, value: float, unit: str, yardstick: float) -> Row:
     return Row(name, value, unit, yardstick, value / yardstick)
 
 
-def show(bench: str, rows: Sequence[Row], *, as_json: bool) -> None:
-    """Print one object {bench, machine, rows}, or a table."""
+def show(bench: str, rows: Sequence[Row], *, as_json: bool, where: str | None = None) -> None:
+    """Print one object {bench, machine, rows}, or a table; `where`: another name of the machine."""
+    where = where or machine()
     if as_json:
-        found = {"bench": bench, "machine": machine(), "rows": [asdict(row) for row in rows]}
+        found = {"bench": bench, "machine": where, "rows": [asdict(row) for row in rows]}
         print(json.dumps(found))
         return
-    print(f"{bench} on {machine()}")
+    print(f"{bench} on {where}")
     width = max(len(row.name) for row in rows)
     for row in rows:
         line = f"  {row.name:{width}}  {row.value:>12.5g} {row.unit}"

@@ -1,0 +1,159 @@
+"""How fast a model is rebuilt from seeds and coefficients: `shoal bench scalars`.
+
+Replay adds many directions of ±1 to the ledger's integers, as a peer does with the updates of
+others. Its speed in parameter·seeds per second stands beside that of the usual way, a `torch.randn`
+of the model's size per seed, and beside the float32 that this machine copies per second, each on
+one thread or on all, whichever is faster. All take turns within one run. Exit code 1 if 16 seeds or
+more on the CPU are less than 8 times as fast as with `torch.randn`.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from shoal.node.bench._report import Row, add_json, beside, machine, show
+from shoal.node.bench.codecs import best, device_name, parse_sizes
+from shoal.node.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEEDS = (1, 16, 256)
+MANY = 16
+"""Seeds from which replay keeps its promise: fewer are bound by memory …"""
+LEAST_RATIO = 8.0
+"""… of being so many times as fast as `torch.randn`."""
+DRAWN = 2
+"""Seeds of `torch.randn` that are timed; each costs the same."""
+ROUNDS, REPEATS = 3, 3
+"""Each speed is timed in so many rounds, so often or more in each; the best counts."""
+UNIT = "parameter·seeds/s"
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    add_json(parser)
+    parser.add_argument(
+        "--sizes", default="1M,10M", metavar="N,…", help="parameters (default: 1M,10M)"
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="(default: 2)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="1 M parameters, one round")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 1 if replay of many seeds is not as fast as promised."""
+    import torch
+
+    sizes = [1_000_000] if args.quick else parse_sizes(args.sizes)
+    if args.device != "cpu" and not args.device.startswith("cuda"):
+        raise ConfigError(f"--device {args.device}: use cpu or cuda")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {args.device}: torch sees no CUDA here; use cpu")
+    if args.threads < 1:
+        raise ConfigError(f"--threads {args.threads} is not a whole number above zero")
+    torch.set_num_threads(args.threads)
+    rounds = 1 if args.quick else ROUNDS
+    replays = [Replay.measure(size, args.device, rounds) for size in sizes]
+    threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
+    where = f"{machine()}, {threads}" if args.device == "cpu" else device_name()
+    show("scalars", [row for r in replays for row in r.rows()], as_json=args.json, where=where)
+    slow = too_slow(replays) if args.device == "cpu" else []
+    for said in slow:
+        print(said, file=sys.stderr)
+    return int(bool(slow))
+
+
+class Replay:
+    """Speeds of one size: by number of seeds, of the usual way, and of copying."""
+
+    def __init__(self, size: int, speeds: dict[int, float], randn: float, copied: float) -> None:
+        self.size = size
+        self.speeds = speeds
+        self.randn = randn
+        self.copied = copied
+
+    @classmethod
+    def measure(cls, size: int, device: str, rounds: int) -> "Replay":
+        """Time replay, the usual way and copying in turn."""
+        import torch
+
+        print(f"replay of {_label(size)} parameters", file=sys.stderr, flush=True)
+        total_D = torch.zeros(size, dtype=torch.int32, device=device)
+        x_D, y_D = torch.zeros(size, device=device), torch.ones(size, device=device)
+        usual: list[Callable[[], object]] = [
+            lambda: draw(x_D, y_D, DRAWN),
+            lambda: y_D.copy_(x_D),
+        ]
+        replays = [replaying(total_D, seeds) for seeds in SEEDS]
+        acts = [*replays, *usual, *map(on_one_thread, usual)]
+        *replay, randn, copy, randn_1, copy_1 = in_turn(acts, rounds, device)
+        speeds = {n: n * size / seconds for n, seconds in zip(SEEDS, replay, strict=True)}
+        return cls(size, speeds, DRAWN * size / min(randn, randn_1), size / min(copy, copy_1))
+
+    def rows(self) -> Iterable[Row]:
+        """Return every speed beside both yardsticks."""
+        for seeds, speed in self.speeds.items():
+            name = f"{_label(self.size)} parameters, {seeds} seed{'s' * (seeds > 1)}"
+            yield beside(f"{name}, beside torch.randn", speed, UNIT, self.randn)
+            yield beside(f"{name}, beside copied float32", speed, UNIT, self.copied)
+
+
+def replaying(total_D: "Tensor", seeds: int) -> Callable[[], None]:
+    """Return what adds so many directions to the ledger's integers, as updates say."""
+    import torch
+
+    from shoal.compression import perturbation, splitmix
+
+    keys_K = splitmix.words(1, seeds)
+    coefficients_K = (splitmix.words(2, seeds) >> 40).to(torch.int32)
+    return lambda: perturbation.accumulate(total_D, keys_K, coefficients_K)
+
+
+def draw(x_D: "Tensor", z_D: "Tensor", seeds: int) -> None:
+    """Do the same in the usual way: Gaussian directions from torch's own generator."""
+    import torch
+
+    generator = torch.Generator(x_D.device)
+    for seed in range(seeds):
+        torch.randn(len(x_D), generator=generator.manual_seed(seed), out=z_D)
+        x_D.add_(z_D, alpha=1e-4)
+
+
+def on_one_thread(act: Callable[[], object]) -> Callable[[], None]:
+    """Return the same act for one thread: torch's threads lose time where others use the cores."""
+    import torch
+
+    def alone() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            act()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
+
+
+def in_turn(acts: Sequence[Callable[[], object]], rounds: int, device: str) -> list[float]:
+    """Return the least seconds of each; a machine that gets slower meanwhile slows all alike."""
+    for act in acts:  # compiles what is compiled on first use
+        act()
+    found = [[best(act, REPEATS, device) for act in acts] for _ in range(rounds)]
+    return [min(seconds) for seconds in zip(*found, strict=True)]
+
+
+def too_slow(replays: Iterable[Replay]) -> list[str]:
+    """Return what breaks the promise, in words."""
+    return [
+        f"replay of {seeds} seeds along {_label(r.size)} parameters is {speed / r.randn:.1f} times "
+        f"as fast as torch.randn, less than {LEAST_RATIO:g} times"
+        for r in replays
+        for seeds, speed in r.speeds.items()
+        if seeds >= MANY and speed < LEAST_RATIO * r.randn
+    ]
+
+
+def _label(size: int) -> str:
+    return f"{size / 1e6:g} M"
