@@ -365,6 +365,9 @@ class _Rebuilding:
         started = time.perf_counter()
         for claim in claims:
             result.compared.append(claim if isinstance(claim, Compared) else self._check(claim))
+        compared = [each.updates for each in result.compared if each.agrees is not None]
+        if compared and (rest := result.updates - max(compared)) > 0:
+            result.notes.append(f"the last {rest} updates are in nobody's model to compare with")
         self._move(dict(self._log.frontier.counts()))
         seconds = time.perf_counter() - started
         if trainer.recompute() != trainer.fingerprint():
