@@ -255,13 +255,15 @@ def test_any_number_of_threads_and_large_vectors(threads: int) -> None:
     z = np.array([oracle(k % 2**64, size, start) for k in keys.tolist()])
     wanted = (before.numpy() + coefficients.numpy().astype(np.int64) @ z).astype(np.int32)
     along = z @ before.numpy().astype(np.int64)
+    first = int(keys[0]) % 2**64
+    assert np.array_equal(perturbation.signs(first, size, start=start), z[0])
     for path in ("torch", "compiled"):
         total, x = before.clone(), torch.zeros(size)
         with pytest.MonkeyPatch.context() as patch:
             take(patch, path)
             perturbation.accumulate(total, keys, coefficients, start=start)
             assert np.array_equal(perturbation.project(before, keys, start=start), along), path
-            perturbation.perturb(x, int(keys[0]) % 2**64, -0.5, start=start)
+            perturbation.perturb(x, first, -0.5, start=start)
         assert np.array_equal(total.numpy(), wanted), path
         assert np.array_equal(x.numpy(), -0.5 * z[0]), path
 
