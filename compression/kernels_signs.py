@@ -83,17 +83,23 @@ def project(start: Int, end: Int, x: Array, first: Int, keys: Array) -> Array:
         skip = (first + at) % 64
         count = min(end - at, TILE - skip)
         tile[:] = 0
-        tile[skip : skip + count] = x[at : at + count]
-        total = tile.sum()
+        held, part = tile[skip : skip + count], x[at : at + count]
+        total = int64(0)
+        for i in range(count):
+            held[i] = part[i]
+            total += part[i]
         for k in range(len(keys)):
             _hash(keys[k], (first + at) // 64, word)
             lane[:] = 0
             for w in range(WORDS):
                 bits = word[w]
-                part = tile[64 * w : 64 * w + 64]
+                lanes = tile[64 * w : 64 * w + 64]
                 for j in range(64):
-                    lane[j] += part[j] if bits & _BIT[j] else int64(0)
-            found[k] += total - 2 * lane.sum()
+                    lane[j] += lanes[j] if bits & _BIT[j] else int64(0)
+            set_ = int64(0)
+            for j in range(64):
+                set_ += lane[j]
+            found[k] += total - 2 * set_
         at += count
     return found
 
