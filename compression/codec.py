@@ -5,8 +5,8 @@ are decoded by strangers, so everything that counts is decided here, once:
 
 *receives* `encode` takes a one-dimensional float32 vector on any device: the author's residual
    times its weight, in units of q (so that rounding an element gives the integer that it would add
-   to the ledger). It may be the whole model or one contiguous fragment of it. Elements must be
-   finite.
+   to the ledger). It may be the whole model or one contiguous fragment of it, of at least one
+   element. Elements must be finite.
 *returns* the payload and what it decodes to, so that the author need not decode its own bytes.
 *guarantees* (1) `decode(payload, size)` is exactly the `decoded` that `encode` returned, on every
    device, with any number of threads, in every version; (2) the same vector and key give the same
@@ -25,6 +25,7 @@ more traits are optional: `unbiased = True` says that E[decoded] = x over keys (
 back), `sparsifies = True` that much is left unsent for long, so that a residual should decay.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -104,6 +105,7 @@ def codec(name: str) -> Callable[[C], C]:
     """Register a frozen dataclass as the codec `name`."""
 
     def register(cls: C) -> C:
+        _guard(cls)
         _codecs[name] = cls
         return cls
 
@@ -186,6 +188,31 @@ def subtract(x_D: Tensor, decoded: Decoded, factor: float) -> None:
 
 _SLAB = 1 << 20
 """Elements at a time, so that no temporary is as large as the model."""
+
+
+def _guard(cls: Any) -> None:
+    """Let a codec refuse what is no vector before its own code, which looks at bits, meets it."""
+    encode, decode = cls.encode, cls.decode
+
+    @functools.wraps(encode)
+    def encode_vector(self: Codec, x_D: Tensor, *, key: int = 0) -> Encoded:
+        if x_D.dtype != torch.float32 or x_D.ndim != 1 or not len(x_D):
+            raise ValueError(
+                f"cannot encode {x_D.dtype} of shape {tuple(x_D.shape)}; give a vector of float32"
+            )
+        encoded: Encoded = encode(self, x_D.detach(), key=key)
+        return encoded
+
+    @functools.wraps(decode)
+    def decode_vector(
+        self: Codec, payload: bytes, size: int, device: torch.device | str = "cpu"
+    ) -> Decoded:
+        if size < 1:
+            raise PayloadError(f"a vector of {size} elements has no payload")
+        decoded: Decoded = decode(self, payload, size, device)
+        return decoded
+
+    cls.encode, cls.decode = encode_vector, decode_vector
 
 
 def _find(name: str) -> Callable[..., Codec]:

@@ -42,13 +42,16 @@ class Layout:
         return blake2b(text.encode(), digest_size=32).digest()
 
     def fragments(self, count: int) -> list[range]:
-        """Return at most `count` contiguous ranges of whole parameters, as equal as they come."""
-        wanted = self.size / max(1, min(count, len(self.names)))
+        """Return at most `count` contiguous ranges of whole parameters, as equal as they come.
+
+        Parameters without elements make no range of their own.
+        """
+        wanted = self.size / max(1, min(count, sum(1 for size in self.sizes if size)))
         ranges: list[range] = []
         start = end = 0
         for size in self.sizes:
             end += size
-            if end >= wanted * (len(ranges) + 1) - 0.5:
+            if size and end >= wanted * (len(ranges) + 1) - 0.5:
                 ranges.append(range(start, end))
                 start = end
         return ranges

@@ -151,6 +151,34 @@ def test_non_finite_vectors_are_refused(name: str, options: dict[str, Any]) -> N
 
 
 @every
+def test_what_is_no_vector_of_float32_is_refused(name: str, options: dict[str, Any]) -> None:
+    """Codecs compare the bits of numbers: other types would come out as other numbers, unnoticed.
+
+    300 000 elements take the compiled loops, where there are any.
+    """
+    part = codec.make(name, options)
+    for size in (1000, 300_000):
+        for dtype in (torch.float64, torch.bfloat16, torch.int32):
+            with pytest.raises(ValueError, match="give a vector of float32"):
+                part.encode(gaussian(size).to(dtype))
+        with pytest.raises(ValueError, match="give a vector of float32"):
+            part.encode(gaussian(size).reshape(10, -1))
+    with_gradient = gaussian(300_000).requires_grad_()
+    assert part.encode(with_gradient).payload == part.encode(gaussian(300_000)).payload
+
+
+@every
+def test_no_vector_is_empty(name: str, options: dict[str, Any]) -> None:
+    """Layouts have no empty fragments; asked for one, a decoder says so and nothing else."""
+    part = codec.make(name, options)
+    with pytest.raises(ValueError, match="give a vector"):
+        part.encode(torch.zeros(0))
+    for payload in (b"", bytes(1), bytes(3), bytes(part.bound(0)), b"\1" * 20):
+        with pytest.raises(PayloadError):
+            part.decode(payload, 0)
+
+
+@every
 def test_other_lengths_than_the_payloads_are_refused(name: str, options: dict[str, Any]) -> None:
     part = codec.make(name, options)
     payload = part.encode(gaussian(5000)).payload

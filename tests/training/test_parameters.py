@@ -1,5 +1,7 @@
 """A model as one vector: order, ties, what is left out, fragments, and the Merkle tree over it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,20 @@ def test_fragments_are_whole_parameters_that_cover_everything_once() -> None:
         edges = {0, 10, 11, 41, 45, 50, 100}
         assert {part.start for part in parts} <= edges
     assert layout.fragments(2) == [range(50), range(50, 100)]
+
+
+def test_no_fragment_is_empty_whatever_the_shapes() -> None:
+    """Nobody could say anything of an empty fragment, and its turns would be lost."""
+    shapes = [((0,), (), (0, 3), (0,), (0,)), ((1,), (0,), (0,), (0,)), ((0,), (0,), (0,), (2,))]
+    for sizes in shapes:
+        layout = Layout(tuple("abcde"[: len(sizes)]), sizes, ("float32",) * len(sizes))
+        for count in range(1, 7):
+            parts = layout.fragments(count)
+            assert all(len(part) for part in parts)
+            assert [i for part in parts for i in part] == list(range(layout.size))
+            for part in parts:
+                shapes_in = layout.shapes_in(part)
+                assert sum(math.prod(shape) for shape in shapes_in) == len(part)
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:
