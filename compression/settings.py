@@ -7,6 +7,7 @@ file says into a complete plain dict (what the genesis stores), `build` turns th
 import dataclasses
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -83,15 +84,22 @@ def _hints(part: Callable[..., object]) -> dict[str, Any]:
 
 def _plain(value: Any, hint: Any, where: str) -> Any:
     """Check `value` against `hint` and return it as plain data."""
+    if (_is_part(hint) or typing.get_origin(hint) is dict) and not isinstance(value, Mapping):
+        raise SettingError(f"{where} must be a table, got {value!r}")
     if _is_part(hint):
-        if not isinstance(value, Mapping):
-            raise SettingError(f"{where} must be a table, got {value!r}")
         filled = fill(hint, value, where=where)
         build(hint, filled, where=where)
         return filled
     alternatives = typing.get_args(hint) if _is_union(hint) else (hint,)
     if any(_fits(value, kind) for kind in alternatives):
-        return float(value) if float in alternatives and type(value) is int else value
+        if float in alternatives and type(value) is int:
+            try:
+                return float(value)
+            except OverflowError:
+                raise SettingError(f"{where} is too large; use a smaller number") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingError(f"{where} = {value!r}; use a finite number")
+        return value
     wanted = " or ".join(getattr(a, "__name__", str(a)) for a in alternatives)
     raise SettingError(f"{where} must be {wanted}, got {value!r}")
 

@@ -9,6 +9,7 @@ With Δ = θ_end - θ_start of a turn (the direction to add), weight w, and ever
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shoal.compression.codec import Codec, Encoded, subtract
@@ -54,7 +55,8 @@ class Feedback:
         """Return the update of a turn; `commit` or `discard` decides about the memory it leaves.
 
         `delta_D` is the whole model's; only the fragment whose turn it is goes into the update and
-        changes the memory. Raises RuleError when no shrunken form of the update keeps the rules.
+        changes the memory. Raises RuleError when no shrunken form of the update keeps the rules, or
+        the update is not finite.
         """
         part = self._rules.fragment(turn)
         mu, eta, beta = self.settings.momentum, self.settings.outer_lr, self.settings.decay
@@ -102,11 +104,15 @@ class Feedback:
 
     def _encode(self, codec: Codec, e_F: Tensor, scale: float, key: int) -> Encoded:
         for _ in range(SHRINKS):
-            encoded = codec.encode(e_F * scale, key=key)
             try:
+                encoded = codec.encode(e_F * scale, key=key)
                 self._rules.judge_values(encoded.decoded)
             except RuleError:
                 scale *= 0.7
+            except ValueError as error:
+                if bool(torch.isfinite(e_F * scale).all()):
+                    raise
+                raise RuleError("the update is not finite in units of q") from error
             else:
                 return encoded
         raise RuleError("the update cannot be made small enough for exchange.clip; raise it")

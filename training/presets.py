@@ -178,6 +178,8 @@ def expand(tables: Mapping[str, Any]) -> dict[str, Any]:
     changed = deepcopy(dict(tables))
     for table, keys in recipe(name).items():
         given = changed.get(table, {})
+        if not isinstance(given, Mapping):
+            continue  # refused when the tables are read
         for key, value in keys.items():
             mine = given.get(key, value)
             if isinstance(value, Mapping) and isinstance(mine, Mapping):

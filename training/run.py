@@ -136,7 +136,7 @@ def _task(given: Any, allow_task: str | None) -> Part:
 def _optimizer(given: Mapping[str, Any], turns: int) -> tuple[Part, str]:
     options = {k: v for k, v in given.items() if k not in ("name", "schedule")}
     name, curve = given.get("name", "adamw"), given.get("schedule", "constant")
-    if curve not in schedule.SCHEDULES:
+    if not isinstance(curve, str) or curve not in schedule.SCHEDULES:
         raise unknown("local.optimizer.schedule", str(curve), schedule.SCHEDULES)
     if curve != "constant" and not turns:
         raise SettingError(f"schedule = {curve!r} needs an end: set run.turns, or use 'constant'")

@@ -11,6 +11,8 @@ from typing import Any
 
 from shoal.training.staleness import Staleness
 
+LARGE_EXPONENT = re.compile(r"[eE][-+]?[\d_]{4}")
+"""Of a number that takes for ever to write out."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -112,8 +114,11 @@ class Exchange:
 
     def clip_ratio(self) -> Fraction:
         """Return `clip` exactly, as it is written in decimal."""
+        text = str(self.clip)
+        if LARGE_EXPONENT.search(text):  # the run file may be a stranger's
+            raise ValueError(f"clip = {text!r}; use an exponent of at most three digits")
         try:
-            return Fraction(str(self.clip))
+            return Fraction(text)
         except (ValueError, ZeroDivisionError):
             message = f"clip = {self.clip!r} is neither a number nor a fraction such as '1/4'"
             raise ValueError(message) from None

@@ -115,6 +115,19 @@ def test_the_sum_over_authors_is_the_outer_nesterov_step_of_their_mean() -> None
     assert float((model - oracle).norm()) < 0.05 * float(oracle.norm())
 
 
+def test_an_update_beyond_the_numbers_is_given_up_like_any_other() -> None:
+    """Weights of 1e33 are finite and so may be their loss; in units of q they are infinite."""
+    author = feedback(FeedbackSettings(momentum=0.5))
+    author.publish(delta(1), 1.0)
+    author.commit()
+    assert author.residual is not None
+    residual = author.residual.clone()
+    with pytest.raises(RuleError, match="not finite"):
+        author.publish(delta(2, 1e33), 1.0)
+    author.discard()
+    assert torch.equal(author.residual, residual)
+
+
 def test_a_discarded_turn_leaves_no_trace() -> None:
     one = feedback(FeedbackSettings(momentum=0.5, decay=0.9))
     other = feedback(FeedbackSettings(momentum=0.5, decay=0.9))

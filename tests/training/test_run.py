@@ -83,6 +83,18 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ("exchange", "quantum_bits", 40, "quantum_bits"),
     ("exchange", "clip", "a/b", "neither a number"),
     ("exchange", "clip", 0, "above 0"),
+    ("exchange", "clip", 10**400, "exchange.clip is too large"),
+    ("exchange", "clip", "1e999999999999", "exponent"),
+    ("exchange", "clip", "1e-999999999999", "exponent"),
+    ("exchange", "update", "sparse", "exchange.update must be a table, got 'sparse'"),
+    ("exchange", "update", 3, "exchange.update must be a table, got 3"),
+    ("exchange", "update", {"kind": "dense", "outer_lr": float("inf")}, "update.outer_lr = inf"),
+    ("exchange", "update", {"kind": "topk", "density": float("nan")}, "update.density = nan"),
+    ("exchange", "update", {"kind": "topk", "shapes": [[3, 4]]}, "unknown setting .* 'shapes'"),
+    ("exchange", "staleness", {"a": float("nan")}, "staleness.a = nan"),
+    ("local", "optimizer", "adamw", "local.optimizer must be a table, got 'adamw'"),
+    ("local", "optimizer", {"schedule": []}, "unknown local.optimizer.schedule"),
+    ("local", "optimizer", {"name": "adamw", "lr": float("inf")}, "optimizer.lr = inf"),
     ("exchange", "update", {"kind": "dens"}, "did you mean 'dense'"),
     ("exchange", "update", {"kind": "dense", "level": 3}, "did you mean 'levels'"),
     ("exchange", "update", {"kind": "dense", "momentm": 0.5}, "did you mean 'momentum'"),
@@ -103,6 +115,14 @@ def test_a_mistake_is_named(table: str, key: str, value: Any, answer: str) -> No
     with pytest.raises(RunError, match=answer) as caught:
         RunSpec.parse(given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("table", ["run", "task", "local", "exchange", "swarm"])
+@pytest.mark.parametrize("value", [3, "x", [], None])
+def test_a_table_that_is_none_is_named_whatever_the_preset(table: str, value: Any) -> None:
+    given = {"run": {"name": "a"}, "task": {"name": "text"}, "exchange": {"preset": "one-bit-adam"}}
+    with pytest.raises(RunError, match=rf"\[?{table}\]?.* (must be a table|is missing)"):
+        RunSpec.parse({**given, table: value})
 
 
 def test_clip_is_read_as_it_is_written() -> None:
