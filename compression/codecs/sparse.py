@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.compression import bits, entropy, parallel
+from shoal.compression import bits, entropy, parallel, places
 from shoal.compression.codec import INT32_MAX, Decoded, Encoded, PayloadError, codec
 
 VERSION = 0
@@ -320,7 +320,7 @@ class Sparse:
         return 1 << (self.bits - 1)
 
     def _rice(self) -> int:
-        return entropy.rice_parameter(self._keep(self.chunk) / self.chunk)
+        return places.parameter(self._keep(self.chunk), self.chunk)
 
     def _keep(self, length: int) -> int:
         return max(1, int(length * self.density))

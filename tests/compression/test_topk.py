@@ -241,6 +241,22 @@ def test_no_payload_is_longer_than_the_bound_however_places_fall(
     assert torch.equal(part.decode(payload, size).dense(), decoded.dense())
 
 
+def test_no_logarithm_decides_how_a_payload_of_the_ledger_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A library's logarithm may differ in its last bit; what peers decode may not."""
+
+    def refuse(density: float) -> int:
+        raise AssertionError(f"a logarithm of {density}")
+
+    monkeypatch.setattr(entropy, "rice_parameter", refuse)
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 1000
+    for name in codec.names():
+        part = codec.make(name, {})
+        payload, decoded = part.encode(x)
+        assert torch.equal(part.decode(payload, 5000).values, decoded.values)
+
+
 def test_rice_parameters_follow_from_integers_as_from_logarithms() -> None:
     size = 10**8
     table = {0.25: 1, 0.2: 2, 0.1: 3, 0.05: 4, 0.03: 4, 0.02: 5, 1 / 64: 5, 0.01: 6, 0.005: 7}
