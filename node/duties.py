@@ -187,6 +187,7 @@ class Duties:
         self._discard()
         turned = trainer.turn(asked.turn, asked.members, lag=asked.lag, publish=asked.publish)
         self._pending = turned.payload is not None
+        self._dirty = self._dirty or not (self._pending or turned.dropped)  # it is in the drift
         answer = pipe.Turned(
             kind=turned.kind,
             loss=_finite(turned.loss),

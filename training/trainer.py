@@ -295,10 +295,10 @@ class Trainer:
         return Stated(state["frontier"], (first, second), tensors["ledger"])
 
     def load(self, path: Path, own: tuple[int, int] | None = None) -> Loaded:
-        """Read a checkpoint. `own` is log and number of the last update that the log holds.
+        """Read a checkpoint. `own` is log and number of the last own update in the log; None: none.
 
-        Residual and momentum live on only if they belong to it. Raises CheckpointError, and then
-        changes nothing, when the file is damaged or of another model.
+        Residual, momentum and drift live on only if they belong to it. Raises CheckpointError, and
+        then changes nothing, when the file is damaged or of another model.
         """
         tensors, state = _read(path)
         self._check(path, tensors, state)
@@ -306,7 +306,7 @@ class Trainer:
         self._learner.inner.load(inner, state["numbers"])
         self.exchange.restore(tensors["ledger"].numpy().astype("<i4").tobytes())
         owner = tuple(state["owner"]) if state["owner"] else None
-        kept = owner is not None and owner == own
+        kept = owner == own
         memory = {name: tensors[name] for name in MEMORY if kept and name in tensors}
         self.exchange.take_back(owner if kept else None, memory)
         self._seconds_per_step = float(state["seconds_per_step"])

@@ -1,7 +1,7 @@
 """The largest few of a whole vector or tensor: sign, level, place, and one magnitude a tensor.
 
 Kept are the k = ⌊size · density⌋ elements (one at least) of largest |x|, the smaller index among
-equals: the `exact` selection, A threshold estimated from a sample is quicker; it keeps between
+equals: the `exact` selection. A threshold estimated from a sample is quicker; it keeps between
 ⌈0.7 k⌉ and ⌊1.3 k⌋ (`selection.threshold`). Payload, little-endian: a zero byte (version), the
 count per tensor (u32, only if select = "threshold"), the unit u per tensor (u32), one symbol
 per kept element, squeezed (level j below 2^(bits-1); 2j + 1 if minus, else 2j), and the gaps

@@ -219,6 +219,19 @@ def test_a_checkpoint_goes_on_exactly_where_it_was_saved(
     assert bytes(payload[0]) == bytes(expected[0])
 
 
+def test_what_a_turn_taught_that_publishes_nothing_is_saved(
+    founded: pipe.Founded, tmp_path: Path
+) -> None:
+    w, _ = opened(founded, tmp_path)
+    ask(w, pipe.Turn(1, 2.0, publish=False))
+    _, expected = w.answer(pipe.Turn(2, 2.0), memoryview(b""))
+    ask(w, pipe.Stop())
+    again, ready = opened(founded, tmp_path)
+    assert (ready.kept, ready.note) == (True, "")
+    _, payload = again.answer(pipe.Turn(2, 2.0), memoryview(b""))
+    assert bytes(payload[0]) == bytes(expected[0])
+
+
 def test_residual_and_momentum_start_at_zero_when_the_last_number_is_another(
     founded: pipe.Founded, tmp_path: Path
 ) -> None:

@@ -180,6 +180,18 @@ def test_a_checkpoint_keeps_the_drift(tmp_path: Path) -> None:
     assert again.turn(3, 4).payload == one.turn(3, 4).payload
 
 
+def test_what_was_learnt_before_the_first_update_outlives_a_restart(tmp_path: Path) -> None:
+    """A peer that was never drawn has published nothing, but it has learnt."""
+    one, again, lost = (trainer(RUN) for _ in range(3))
+    one.turn(1, 4, publish=False)
+    one.save(tmp_path / "c", "here")
+    assert again.load(tmp_path / "c", None).kept
+    assert not lost.load(tmp_path / "c", (7, 1)).kept
+    assert torch.equal(again.exchange.start(), one.exchange.start())
+    assert lost.exchange.drift is None
+    assert again.turn(2, 4).payload == one.turn(2, 4).payload
+
+
 def test_the_curves_of_staleness() -> None:
     assert Staleness().factor(100) == 1
     curve = Staleness("polynomial", a=0.5)
