@@ -16,9 +16,6 @@ from shoal.node.bench._tuned import WITHIN, Plan, Tuned, loss, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-RATE = 1e-3
-"""AdamW's, in rounds."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
@@ -26,6 +23,8 @@ class Round:
 
     seed: int
     rounds: int
+    rate: float
+    """AdamW's."""
     density: float | None
     """None: every update whole, in float32."""
     decay: float | None
@@ -60,13 +59,15 @@ def measure(tuned: Tuned, plan: Plan, seed: int) -> Iterator[Round]:
             update = None
             if density is not None:
                 update = {"kind": "kmeans", "density": density, "decay": decay}
-            say(f"{series.rounds} rounds, {_update(density, decay)}")
-            sizes, model_D = take(tuned, series.rounds, plan.tuning // series.rounds, update)
+            say(f"{series.rounds} rounds at {series.rate:g}, {_update(density, decay)}")
+            steps = plan.tuning // series.rounds
+            sizes, model_D = take(tuned, series.rounds, steps, series.rate, update)
             value = loss(tuned, model_D, tuned.test_NT)
             full = full or value
             yield Round(
                 seed=seed,
                 rounds=series.rounds,
+                rate=series.rate,
                 density=density,
                 decay=decay,
                 bytes=sum(sizes) / len(sizes),
@@ -81,13 +82,13 @@ def measure(tuned: Tuned, plan: Plan, seed: int) -> Iterator[Round]:
 
 
 def take(
-    tuned: Tuned, rounds: int, steps: int, update: Mapping[str, Any] | None
+    tuned: Tuned, rounds: int, steps: int, rate: float, update: Mapping[str, Any] | None
 ) -> "tuple[list[int], Tensor]":
     """Return bytes of every round and the model after the last; None: whole, in float32."""
     from shoal.training.exchange import Arrived
     from shoal.training.turn import TrainingError
 
-    trainer = tuned.again(turns=rounds, steps=steps, rate=RATE, update=update)
+    trainer = tuned.again(turns=rounds, steps=steps, rate=rate, update=update)
     sizes = []
     for number in range(1, rounds + 1):
         # Unpublished, what a turn teaches is carried on as it is: float32, nothing rounded.
@@ -114,7 +115,16 @@ def _update(density: float | None, decay: float | None) -> str:
     return "32 bits" if density is None else f"FedZip, {100 * density:g} %, residual × {decay:g}"
 
 
-HEADS = ("rounds", "update", "bytes a round", "of 32 bit", "all, of one", "held out", "gain kept")
+HEADS = (
+    "rounds",
+    "rate",
+    "update",
+    "bytes a round",
+    "of 32 bit",
+    "all, of one",
+    "held out",
+    "gain kept",
+)
 
 
 def table(rows: Sequence[Round]) -> str:
@@ -124,6 +134,7 @@ def table(rows: Sequence[Round]) -> str:
         [
             (
                 str(row.rounds),
+                f"{row.rate:g}",
                 _update(row.density, row.decay),
                 f"{row.bytes:,.0f}",
                 f"{row.of_32_bit:.0f} ×",
@@ -141,8 +152,8 @@ def table(rows: Sequence[Round]) -> str:
 def summary(rows: Sequence[Round]) -> str:
     """Return what all seeds say together: the least factor, and the greatest harm."""
 
-    def way(row: Round) -> tuple[int, float, float]:
-        return row.rounds, row.decay or 0.0, row.density or 0.0
+    def way(row: Round) -> tuple[float, int, float, float]:
+        return row.rate, row.rounds, row.decay or 0.0, row.density or 0.0
 
     lines = []
     for _, found in groupby(sorted(rows, key=way), way):
@@ -151,10 +162,11 @@ def summary(rows: Sequence[Round]) -> str:
             lines.append(
                 (
                     str(each[0].rounds),
+                    f"{each[0].rate:g}",
                     _update(each[0].density, each[0].decay),
                     f"{min(row.of_32_bit for row in each):.0f} ×",
                     f"{100 * max(row.above for row in each):.2f} %",
                     f"{sum(row.no_worse for row in each)} of {len(each)}",
                 )
             )
-    return grid(("rounds", "update", "of 32 bit", "at most above", "within 1 %"), lines)
+    return grid(("rounds", "rate", "update", "of 32 bit", "at most above", "within 1 %"), lines)

@@ -30,6 +30,8 @@ class Series:
     """The tuning in so many rounds, once for every density with every decay, once uncompressed."""
 
     rounds: int
+    rate: float
+    """AdamW's."""
     densities: tuple[float, ...]
     decays: tuple[float, ...]
 
@@ -59,8 +61,9 @@ FULL = Plan(
     validation=256,
     test=768,
     series=(
-        Series(40, (0.005, 0.01, 0.02, 0.05), (1.0, 0.95)),
-        Series(100, (0.005, 0.01), (1.0,)),
+        Series(40, RATE, (0.005, 0.01, 0.02, 0.05), (1.0, 0.95)),
+        Series(100, RATE, (0.005, 0.01), (1.0,)),
+        Series(40, 1e-3, (0.005, 0.01, 0.02, 0.05), (1.0,)),
     ),
 )
 QUICK = Plan(
@@ -70,7 +73,7 @@ QUICK = Plan(
     tuning=60,
     validation=64,
     test=128,
-    series=(Series(20, (0.01, 0.05), (1.0,)),),
+    series=(Series(20, RATE, (0.01, 0.05), (1.0,)),),
 )
 
 

@@ -19,7 +19,7 @@ from shoal.training.tasks import text
 from shoal.training.turn import TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = Plan(1, 16, 10, 10, 8, 8, (Series(2, (0.05,), (1.0,)),))
+TINY = Plan(1, 16, 10, 10, 8, 8, (Series(2, 1e-3, (0.05,), (1.0,)),))
 
 
 def test_the_halves_share_nothing_and_lack_nothing(tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_uncompressed_rounds_are_the_training_of_one_alone(
     real: Tuned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "THOROUGH", 8)
-    sizes, model_D = _rounds.take(real, 3, 2, None)
+    sizes, model_D = _rounds.take(real, 3, 2, 1e-3, None)
     assert sizes == 3 * [4 * len(real.base_D)]
-    alone = real.again(turns=3, steps=2, rate=_rounds.RATE)
+    alone = real.again(turns=3, steps=2, rate=1e-3)
     alone.alone(6)
     expected_D = torch.cat([p.detach().reshape(-1) for p in by_name(alone.model)])
     torch.testing.assert_close(model_D, expected_D, atol=1e-6, rtol=0)
@@ -180,8 +180,8 @@ def by_name(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def test_every_round_reaches_the_model(real: Tuned) -> None:
-    _, full_D = _rounds.take(real, 3, 2, None)
-    sizes, model_D = _rounds.take(real, 3, 2, {"kind": "dense", "bits": 8, "decay": 1.0})
+    _, full_D = _rounds.take(real, 3, 2, 1e-3, None)
+    sizes, model_D = _rounds.take(real, 3, 2, 1e-3, {"kind": "dense", "bits": 8, "decay": 1.0})
     assert len(sizes) == 3
     assert max(sizes) < 1.2 * len(full_D)
     # Adam moves little where the gradient is about zero, and there its sign is chance.
@@ -190,23 +190,24 @@ def test_every_round_reaches_the_model(real: Tuned) -> None:
 
 def test_a_round_changes_what_its_payload_keeps_and_the_next_the_rest(real: Tuned) -> None:
     kept = sum(max(1, int(torch.Size(shape).numel() * 0.05)) for shape in real.shapes)
-    (size,), model_D = _rounds.take(real, 1, 2, fedzip(0.05, 1.0))
+    (size,), model_D = _rounds.take(real, 1, 2, 1e-3, fedzip(0.05, 1.0))
     assert 0.9 * kept <= int((model_D != real.base_D).sum()) <= kept
     assert size < 3 * kept + 12 * len(real.shapes)
-    _, with_D = _rounds.take(real, 2, 2, fedzip(0.05, 1.0))
-    _, without_D = _rounds.take(real, 2, 2, fedzip(0.05, 0.0))
+    _, with_D = _rounds.take(real, 2, 2, 1e-3, fedzip(0.05, 1.0))
+    _, without_D = _rounds.take(real, 2, 2, 1e-3, fedzip(0.05, 0.0))
     # What the first round left behind is of the second's size, and most of it adds up.
     assert float((with_D - real.base_D).norm()) > 1.05 * float((without_D - real.base_D).norm())
 
 
-def test_a_round_that_fails_ends_the_bench(real: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rounds, "RATE", 1e30)
+def test_a_round_that_fails_ends_the_bench(real: Tuned) -> None:
     with pytest.raises(TrainingError, match="round 1: "):
-        _rounds.take(real, 2, 2, fedzip(0.05, 1.0))
+        _rounds.take(real, 2, 2, 1e30, fedzip(0.05, 1.0))
 
 
 def test_rounds_are_compared_with_the_same_rounds_uncompressed(real: Tuned) -> None:
-    plan = replace(TINY, series=(Series(2, (0.5,), (1.0, 0.95)), Series(5, (0.5,), (1.0,))))
+    plan = replace(
+        TINY, series=(Series(2, 1e-3, (0.5,), (1.0, 0.95)), Series(5, 3e-4, (0.5,), (1.0,)))
+    )
     rows = list(_rounds.measure(real, plan, 4))
     assert [(r.rounds, r.density, r.decay) for r in rows] == [
         *((2, None, None), (2, 0.5, 1.0), (2, 0.5, 0.95)),
@@ -228,6 +229,7 @@ def test_seeds_are_summed_up_by_their_worst() -> None:
     row = Round(
         seed=1,
         rounds=40,
+        rate=1e-3,
         density=0.01,
         decay=1.0,
         bytes=1234.4,
@@ -245,8 +247,8 @@ def test_seeds_are_summed_up_by_their_worst() -> None:
     assert len(said) == 2
     assert said[1].split()[-7:] == ["290", "×", "1.20", "%", "1", "of", "2"]
     shown = [line.split() for line in _rounds.table([full, row]).splitlines()[1:]]
-    assert shown[0][:3] == ["40", "32", "bits"]
-    assert shown[1][7:] == [
+    assert shown[0][:4] == ["40", "0.001", "32", "bits"]
+    assert shown[1][8:] == [
         *("1,234", "300", "×", "7.5", "×", "1.5000", "80", "%", "0.98", "%", "within", "1", "%")
     ]
 
