@@ -69,9 +69,12 @@ class Feedback:
             e_F.add_(m_F, alpha=eta * mu)
         if self.residual is not None and beta:
             e_F.add_(self.residual[part.range], alpha=beta)
-        encoded = self._encode(part.codec, e_F, weight * self._quanta, key)
+        # In units of q and back in place: a copy would be one more tensor of the model's size.
+        scale = weight * self._quanta
+        encoded, shrunk = self._encode(part.codec, e_F.mul_(scale), key)
         if beta:
-            subtract(e_F, encoded.decoded, weight * self._quanta)
+            subtract(e_F if shrunk == 1 else e_F.mul_(1 / shrunk), encoded.decoded, 1.0)
+            e_F.mul_(1 / scale)
         self._pending = (part, e_F, m_F)
         return encoded
 
@@ -102,17 +105,20 @@ class Feedback:
         whole_D[part.range] = part_F
         return whole_D
 
-    def _encode(self, codec: Codec, e_F: Tensor, scale: float, key: int) -> Encoded:
+    def _encode(self, codec: Codec, x_F: Tensor, key: int) -> tuple[Encoded, float]:
+        """Return the update and by how much `x_F` had to be shrunk, in place, to keep the rules."""
+        shrunk = 1.0
         for _ in range(SHRINKS):
             try:
-                encoded = codec.encode(e_F * scale, key=key)
+                encoded = codec.encode(x_F, key=key)
                 self._rules.judge_values(encoded.decoded)
             except RuleError:
-                scale *= 0.7
+                x_F.mul_(0.7)
+                shrunk *= 0.7
             except ValueError as error:
-                if bool(torch.isfinite(e_F * scale).all()):
+                if bool(torch.isfinite(x_F).all()):
                     raise
                 raise RuleError("the update is not finite in units of q") from error
             else:
-                return encoded
+                return encoded, shrunk
         raise RuleError("the update cannot be made small enough for exchange.clip; raise it")

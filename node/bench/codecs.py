@@ -90,8 +90,8 @@ class Row:
     """From the payload to the sum in the ledger's integers and its fingerprint."""
     decode_of_copy: float
     encode_memory: float | None
-    """Most memory in use meanwhile beyond what was there, residual and payload among it, in
-    tensors of the vector's size."""
+    """Most memory in use meanwhile beyond vector and residual, which are one, in tensors of the
+    vector's size; the payload is among it."""
     decode_memory: float | None
 
 
@@ -321,8 +321,15 @@ def _measured(
         part = codec.make(name, options, shapes=vector.shapes)
         print(f"{label((name, options))} on {vector.input} {size:,}", file=sys.stderr, flush=True)
         repeats = 1 if args.quick else REPEATS
-        payload, residual_D = encode(part, x_D)  # also: compiles what is compiled on first use
-        encoding = best(lambda: encode(part, x_D), repeats, args.device)  # noqa: B023  run at once
+        left_D = x_D.clone()
+        payload = encode(part, left_D)  # also: compiles what is compiled on first use
+        error = _squares(left_D) / _squares(x_D)
+        encoding = best(
+            lambda: encode(part, left_D),  # noqa: B023  run at once
+            repeats,
+            args.device,
+            before=lambda: left_D.copy_(x_D),  # noqa: B023
+        )
         apply(part, payload, ledger)
         decoding = best(lambda: apply(part, payload, ledger), repeats, args.device)  # noqa: B023
         extra = memory.get((label((name, options)), size), (None, None))
@@ -332,7 +339,7 @@ def _measured(
             size=size,
             bits=8 * len(payload) / size,
             entropy=entropy(part, payload, size) / size,
-            error=_squares(residual_D) / _squares(x_D),
+            error=error,
             encode=size / encoding,
             encode_of_copy=size / encoding / copied,
             decode=size / decoding,
@@ -342,14 +349,13 @@ def _measured(
         )
 
 
-def encode(part: "Codec", x_D: "Tensor") -> "tuple[bytes, Tensor]":
-    """Return the payload and what stays behind, as an author does."""
+def encode(part: "Codec", x_D: "Tensor") -> bytes:
+    """Return the payload and leave in `x_D` what stays behind, as an author does."""
     from shoal.compression import codec
 
     payload, decoded = part.encode(x_D, key=1)
-    left_D = x_D.clone()
-    codec.subtract(left_D, decoded, 1.0)
-    return payload, left_D
+    codec.subtract(x_D, decoded, 1.0)
+    return payload
 
 
 def apply(part: "Codec", payload: bytes, ledger: "Ledger") -> None:
@@ -362,10 +368,17 @@ def apply(part: "Codec", payload: bytes, ledger: "Ledger") -> None:
     ledger.add(0, 1, decoded)
 
 
-def best(act: Callable[[], object], repeats: int, device: str) -> float:
-    """Return the seconds of the quickest of several."""
+def best(
+    act: Callable[[], object],
+    repeats: int,
+    device: str,
+    *,
+    before: Callable[[], object] = lambda: None,
+) -> float:
+    """Return the seconds of the quickest of several, each after an untimed `before`."""
     least, total, count = math.inf, 0.0, 0
     while count < repeats or (repeats > 1 and total < LEAST_SECONDS):
+        before()
         _wait(device)
         begun = time.perf_counter()
         act()
@@ -507,12 +520,14 @@ def _main() -> None:
     for size in question["sizes"]:
         x_D = torch.randn(size, generator=torch.Generator().manual_seed(size)).mul_(SCALE)
         x_D, ledger = x_D.to(device), empty_ledger(size, device)
+        left_D = x_D.clone()
         for name, options in question["cases"]:
             part = codec.make(name, options, shapes=_matrices(size))
             # The first time compiles and loads: that memory is no tensor's.
-            apply(part, encode(part, x_D)[0], ledger)
-            encoding = extra(lambda: encode(part, x_D), device)  # noqa: B023  run at once
-            payload = encode(part, x_D)[0]
+            payload = encode(part, left_D.copy_(x_D))
+            apply(part, payload, ledger)
+            left_D.copy_(x_D)
+            encoding = extra(lambda: encode(part, left_D), device)  # noqa: B023  run at once
             decoding = extra(lambda: apply(part, payload, ledger), device)  # noqa: B023
             tensors = [None if e is None else e / (4 * size) for e in (encoding, decoding)]
             print(json.dumps([label((name, options)), size, *tensors]), flush=True)
