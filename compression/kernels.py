@@ -42,7 +42,7 @@ _MUL2 = uint64(0x94D049BB133111EB)
 _30, _27, _31, _1 = uint64(30), uint64(27), uint64(31), uint64(1)
 
 
-def _compiled(function: F) -> F:
+def compiled(function: F) -> F:
     """Compile at the first call; keep the result beside the source if that can be written."""
     compile_: Any = numba.njit
     made: F
@@ -87,7 +87,7 @@ def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 # Huffman (entropy.py)
 
 
-@_compiled
+@compiled
 def histogram(start: Int, end: Int, data: Array) -> Array:
     """Count bytes; twin: `torch.bincount`."""
     counts = np.zeros((4, 256), np.int64)  # equal neighbours do not wait for each other
@@ -103,7 +103,7 @@ def histogram(start: Int, end: Int, data: Array) -> Array:
     return counts.sum(0)
 
 
-@_compiled
+@compiled
 def huffman_sizes(start: Int, end: Int, data: Array, width: Array, size: Array) -> None:
     """Set the length in bytes of each segment's code; twin: `entropy._encode_slab`."""
     for s in range(start, end):
@@ -114,7 +114,7 @@ def huffman_sizes(start: Int, end: Int, data: Array, width: Array, size: Array) 
         size[s] = (bits + 7) >> 3
 
 
-@_compiled
+@compiled
 def huffman_encode(
     start: Int, end: Int, data: Array, code: Array, width: Array, place: Array, out: Array
 ) -> None:
@@ -146,7 +146,7 @@ def huffman_encode(
             out[at] = uint8(pending & uint64(255))
 
 
-@_compiled
+@compiled
 def huffman_decode(
     start: Int, end: Int, data: Array, place: Array, short: Array, long: Array, out: Array
 ) -> Int:
@@ -211,7 +211,7 @@ def huffman_decode(
 _SHORT, _LONG = uint64(0x7FF), uint64(0x7FFF)
 
 
-@_compiled
+@compiled
 def _finish(data: Array, limit: Int, at: Int, out: Array, done: Int, long: Array) -> Int:
     """Read the rest of a segment that ends before byte `limit`, touching nothing beyond it."""
     for i in range(done, len(out)):
@@ -238,7 +238,7 @@ def _finish(data: Array, limit: Int, at: Int, out: Array, done: Int, long: Array
 # Rice (entropy.py)
 
 
-@_compiled
+@compiled
 def rice_encode(value: Array, b: Int, low: Array, unary: Array) -> None:
     """Write low parts and unary parts into zeroed bytes; twin: `entropy.rice_encode`."""
     mask = (1 << b) - 1
@@ -255,7 +255,7 @@ def rice_encode(value: Array, b: Int, low: Array, unary: Array) -> None:
             left -= room
 
 
-@_compiled
+@compiled
 def rice_decode(low: Array, unary: Array, b: Int, value: Array) -> Int:
     """Set the values, return how many ones there were; twin: `entropy.rice_decode`."""
     found, before, at = 0, -1, 0
@@ -306,7 +306,7 @@ _ONES = _ones()
 # Sparse (codecs/sparse.py)
 
 
-@_compiled
+@compiled
 def sparse_encode(
     start: Int,
     end: Int,
@@ -373,7 +373,7 @@ def sparse_encode(
     return 0
 
 
-@_compiled
+@compiled
 def sparse_gaps(start: Int, end: Int, index: Array, chunk: Int, keep: Int, gap: Array) -> None:
     """Set the gap before each kept element of these chunks; twin: `Sparse.pack`."""
     for c in range(start, end):
@@ -383,7 +383,7 @@ def sparse_gaps(start: Int, end: Int, index: Array, chunk: Int, keep: Int, gap: 
             before = index[i]
 
 
-@_compiled
+@compiled
 def sparse_decode(
     start: Int,
     end: Int,
@@ -420,7 +420,7 @@ def sparse_decode(
     return 0
 
 
-@_compiled
+@compiled
 def _kth(size: Array, keep: Int) -> Int:
     """Return the `keep`-th largest of integers below 2³¹, bit by bit."""
     least = 0
@@ -434,7 +434,7 @@ def _kth(size: Array, keep: Int) -> Int:
     return least
 
 
-@_compiled
+@compiled
 def _say(
     x: Array,
     c: Int,
@@ -476,13 +476,13 @@ def _say(
         value[i] = -(2 * j + 1) * unit if v < 0 else (2 * j + 1) * unit
 
 
-@_compiled
+@compiled
 def _twice(v: Int) -> Int:
     """Return ⌊2|v|⌋, at most 2³²."""
     return int64(min(_TWO * abs(v), _MOST))
 
 
-@_compiled
+@compiled
 def _minifloat(unit: Int, up: bool) -> tuple[Int, Int]:
     e = int64(0)
     while unit >> e > 255:
@@ -500,13 +500,13 @@ def _minifloat(unit: Int, up: bool) -> tuple[Int, Int]:
 _TRITS = np.array([[c // 3**j % 3 for j in range(5)] for c in range(256)], np.uint8)
 
 
-@_compiled
+@compiled
 def measure(start: Int, end: Int, x: Array) -> tuple[Int, Int]:
     """Return the bits of the largest |x| and Σ ⌊2|x|⌋; twin: `Dense._scales`."""
     return _largest(x.view(np.int32)[start:end]), _sum(x[start:end])
 
 
-@_compiled
+@compiled
 def _largest(raw: Array) -> Int:
     largest = int32(0)
     for i in range(len(raw)):
@@ -514,7 +514,7 @@ def _largest(raw: Array) -> Int:
     return int64(largest)
 
 
-@_compiled
+@compiled
 def _sum(x: Array) -> Int:
     total = int64(0)
     for i in range(len(x)):
@@ -522,7 +522,7 @@ def _sum(x: Array) -> Int:
     return total
 
 
-@_compiled
+@compiled
 def dense_encode(
     start: Int,
     end: Int,
@@ -578,7 +578,7 @@ def dense_encode(
     return 0
 
 
-@_compiled
+@compiled
 def _mantissas(x: Array, scale: Int, top: Int, symbol: Array, value: Array) -> None:
     inverse = float32(1) / float32(scale) if scale else float32(0)
     limit, s = float32(top), int32(scale)
@@ -591,7 +591,7 @@ def _mantissas(x: Array, scale: Int, top: Int, symbol: Array, value: Array) -> N
         value[i] = int32(m * s)
 
 
-@_compiled
+@compiled
 def _signs(x: Array, scale: Int, symbol: Array, value: Array) -> None:
     for i in range(len(x)):
         plus = not (x[i] < 0 and scale > 0)
@@ -599,7 +599,7 @@ def _signs(x: Array, scale: Int, symbol: Array, value: Array) -> None:
         value[i] = scale if plus else -scale
 
 
-@_compiled
+@compiled
 def _quarters(x: Array, scale: Int, symbol: Array, value: Array) -> None:
     inverse = float32(1) / float32(scale) if scale else float32(0)
     for i in range(len(x)):
@@ -609,7 +609,7 @@ def _quarters(x: Array, scale: Int, symbol: Array, value: Array) -> None:
         value[i] = (2 * j - 3) * scale
 
 
-@_compiled
+@compiled
 def _pack(symbol: Array, alphabet: Int, packed: Array) -> None:
     for i in range(len(packed)):
         if alphabet == 3:
@@ -627,7 +627,7 @@ def _pack(symbol: Array, alphabet: Int, packed: Array) -> None:
             packed[i] = uint8(byte)
 
 
-@_compiled
+@compiled
 def dense_decode(
     start: Int,
     end: Int,
@@ -677,7 +677,7 @@ def dense_decode(
     return 0
 
 
-@_compiled
+@compiled
 def _unpack(packed: Array, lo: Int, hi: Int, alphabet: Int, symbol: Array) -> None:
     """Take the digits of elements `lo` to `hi` apart; bytes past the last digit are zeros."""
     if alphabet == 3:
@@ -702,7 +702,7 @@ def _unpack(packed: Array, lo: Int, hi: Int, alphabet: Int, symbol: Array) -> No
                 symbol[8 * i + j] = byte >> j & 1
 
 
-@_compiled
+@compiled
 def subtract(start: Int, end: Int, x: Array, value: Array, inverse: Int) -> None:
     """Take value · inverse from x in place; twin: `codec.subtract`."""
     left, sent = x[start:end], value[start:end]
@@ -713,7 +713,7 @@ def subtract(start: Int, end: Int, x: Array, value: Array, inverse: Int) -> None
 # The ledger (training/ledger.py, training/fingerprint.py)
 
 
-@_compiled
+@compiled
 def lanes(start: Int, end: Int, value: Array, first: Int, key0: Int, key1: Int) -> tuple[Int, Int]:
     """Return Σ value · r(first + i) of both lanes mod 2⁶⁴; twin: `Fingerprint.of`."""
     sum0 = sum1 = uint64(0)
@@ -727,14 +727,14 @@ def lanes(start: Int, end: Int, value: Array, first: Int, key0: Int, key1: Int) 
     return sum0, sum1
 
 
-@_compiled
+@compiled
 def _multiplier(z: Int) -> Int:
     z = (z ^ (z >> _30)) * _MUL1
     z = (z ^ (z >> _27)) * _MUL2
     return (z ^ (z >> _31)) | _1
 
 
-@_compiled
+@compiled
 def dense_add(
     start: Int, end: Int, model: Array, value: Array, sign: Int, first: Int, key0: Int, key1: Int
 ) -> tuple[Int, Int, Int, Int, Int]:
@@ -770,7 +770,7 @@ def dense_add(
     return sum0, sum1, more0, more1, beyond
 
 
-@_compiled
+@compiled
 def sparse_add(
     start: Int,
     end: Int,
@@ -802,12 +802,12 @@ def sparse_add(
     return sum0, sum1, more0, more1, beyond
 
 
-@_compiled
+@compiled
 def _beyond(v: Int) -> Int:
     return int64(v >= 1 << 30 or v < -(1 << 30))
 
 
-@_compiled
+@compiled
 def squares(start: Int, end: Int, value: Array) -> tuple[Int, Int]:
     """Return Σ v² in halves: what lies above 32 bits, and below; twin: `codec.sum_of_squares`."""
     high = low = uint64(0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.compression.kernels import _compiled as compiled
+from shoal.compression.kernels import compiled
 
 Array = Any
 Int = Any

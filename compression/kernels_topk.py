@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shoal.compression import parallel, selection
-from shoal.compression.kernels import _compiled as compiled
+from shoal.compression.kernels import compiled
 
 Bits = NDArray[np.int32]
 LOW = 15
