@@ -4,8 +4,8 @@ Every round is a turn of the product: `Trainer.turn` trains from the shared mode
 residual and encodes, and the ledger adds what the payload decodes to; one author, weight 1. Beside
 it the same rounds (same steps, batches and learning rates) whose changes are kept whole in float32.
 
-What had to be chosen was chosen on validation text with seed 0, which the table does not use. Of the
-rates 3e-4, 1e-3 and 3e-3 the uncompressed rounds are best at 1e-3 (1.785, 1.757, 1.763 bits per
+What had to be chosen was chosen on validation text with seed 0, which the table does not use. Of
+the rates 3e-4, 1e-3 and 3e-3 the uncompressed rounds are best at 1e-3 (1.785, 1.757, 1.763 bits per
 byte); 3e-4 is the rate of the tuning at one go. Of 20 and 40 rounds, at 1 %, 40 are the better with
 either (1.812 and 1.803 at 3e-4, 1.789 and 1.779 at 1e-3).
 

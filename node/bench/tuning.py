@@ -3,13 +3,13 @@
 A text model is trained on one half of this Python's library, then tuned on the other half; what the
 tuning changed (the task vector) is compressed once, added to the model as it was before, and
 measured on held-out text of the second half. So ComPEFT (Yadav et al. 2023, arXiv 2311.13171: signs
-of the largest, one scalar, which is chosen on validation text) is used as its paper uses it, without
-error feedback. Exit code 1 if ComPEFT is not, with every seed, at least 16 times smaller than 16-bit
-numbers at a loss within 1 % of the tuned model's.
+of the largest, one scalar, which is chosen on validation text) is used as its paper uses it,
+without error feedback. Exit code 1 if ComPEFT is not, with every seed, at least 16 times smaller
+than 16-bit numbers at a loss within 1 % of the tuned model's.
 
-FedZip (Malekijoo et al. 2021, arXiv 2102.01593: the largest in clusters, three encodings) compresses
-the update of every round; so a second table takes the tuning in rounds (`_rounds.py`). No claim of
-FedZip's decides the exit code: see there what was measured.
+FedZip (Malekijoo et al. 2021, arXiv 2102.01593: the largest in clusters, three encodings)
+compresses the update of every round; so a second table takes the tuning in rounds (`_rounds.py`).
+No claim of FedZip's decides the exit code: see there what was measured.
 """
 
 import argparse
