@@ -18,7 +18,6 @@ it is the shorter one even if every segment ends in a whole byte of padding.
 """
 
 import heapq
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,17 +113,6 @@ def squeezed_bound(count: int, mode: str = "auto") -> int:
     whole, rest = divmod(count, SEGMENT)
     each, last = bits.packed_bytes(SEGMENT, LONGEST), bits.packed_bytes(rest, LONGEST)
     return 2 + 128 + 2 * -(-count // SEGMENT) + whole * each + last
-
-
-def rice_parameter(density: float) -> int:
-    """Return the best b for gaps between entries kept with this probability.
-
-    b* = max(0, 1 + ⌊log2(ln((√5-1)/2) / ln(1-p))⌋), optimal for geometric gaps.
-    """
-    if density >= 1:
-        return 0
-    ratio = math.log((math.sqrt(5) - 1) / 2) / math.log1p(-density)
-    return max(0, 1 + math.floor(math.log2(ratio)))
 
 
 def rice_encode(values_N: Tensor, b: int) -> Tensor:

@@ -103,13 +103,6 @@ def test_rice_codes_come_back_and_are_canonical(values: list[int], b: int) -> No
         entropy.rice_decode(read(data), len(values), b, sum(values) - 1)
 
 
-@pytest.mark.parametrize(
-    ("density", "b"), [(0.25, 1), (0.2, 2), (0.1, 3), (0.05, 4), (1 / 64, 5), (0.01, 6), (0.001, 9)]
-)
-def test_the_rice_parameter_is_the_best_for_the_density(density: float, b: int) -> None:
-    assert entropy.rice_parameter(density) == b
-
-
 @quick
 @given(
     values=st.lists(st.integers(0, 255), max_size=300),

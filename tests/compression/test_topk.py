@@ -246,10 +246,11 @@ def test_no_logarithm_decides_how_a_payload_of_the_ledger_is_read(
 ) -> None:
     """A library's logarithm may differ in its last bit; what peers decode may not."""
 
-    def refuse(density: float) -> int:
-        raise AssertionError(f"a logarithm of {density}")
+    def refuse(value: float) -> float:
+        raise AssertionError(f"a logarithm of {value}")
 
-    monkeypatch.setattr(entropy, "rice_parameter", refuse)
+    for name in ("log", "log1p", "log2"):
+        monkeypatch.setattr(math, name, refuse)
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 1000
     for name in codec.names():
         part = codec.make(name, {})
@@ -257,12 +258,18 @@ def test_no_logarithm_decides_how_a_payload_of_the_ledger_is_read(
         assert torch.equal(part.decode(payload, 5000).values, decoded.values)
 
 
+def best_parameter(density: float) -> int:
+    """Return b* = max(0, 1 + ⌊log2(ln((√5-1)/2) / ln(1-p))⌋), optimal for geometric gaps."""
+    ratio = math.log((math.sqrt(5) - 1) / 2) / math.log1p(-density)
+    return max(0, 1 + math.floor(math.log2(ratio)))
+
+
 def test_rice_parameters_follow_from_integers_as_from_logarithms() -> None:
     size = 10**8
     table = {0.25: 1, 0.2: 2, 0.1: 3, 0.05: 4, 0.03: 4, 0.02: 5, 1 / 64: 5, 0.01: 6, 0.005: 7}
     for density, b in {**table, 0.001: 9, 0.5: 0, 0.99: 0}.items():
         count = round(size * density)
-        assert places.parameter(count, size) == b == entropy.rice_parameter(count / size)
+        assert places.parameter(count, size) == b == best_parameter(count / size)
     assert places.parameter(0, 5) == places.parameter(5, 5) == 0
 
 
