@@ -13,6 +13,8 @@ do gaps between places where those lie close together.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -543,6 +545,11 @@ def extra(act: Callable[[], object], device: str) -> float | None:
         before = torch.cuda.memory_allocated()
         act()
         return float(torch.cuda.max_memory_allocated() - before)
+    gc.collect()
+    # Freed memory that malloc keeps would serve `act` without ever being seen as memory of its.
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is None:
+        return None
+    trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     except OSError:

@@ -76,7 +76,12 @@ def test_recorded_updates_are_what_the_author_encodes() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_the_act_alone() -> None:
+    """Memory that was freed just before, and that malloc keeps, hides nothing of it."""
     held = torch.ones(1 << 22)
+    torch.ones(7 << 20)  # freed at once: from now on malloc keeps pieces up to this size …
+    pieces = [torch.ones(1 << 20) for _ in range(40)]
+    last = torch.ones(100)  # … below one that is in use
+    pieces.clear()
 
     def act() -> None:
         (held + 1).add_(held * 2)  # two more at once
@@ -84,6 +89,7 @@ def test_memory_is_that_of_the_act_alone() -> None:
     found = codecs.extra(act, "cpu")
     assert found is not None
     assert found / (4 << 22) == pytest.approx(2, abs=0.3)
+    assert len(last) == 100
 
 
 def row(**changed: object) -> codecs.Row:
