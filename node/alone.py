@@ -53,12 +53,14 @@ def _main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--data")
+    parser.add_argument("--base")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--allow-task")
     args = parser.parse_args()
     setup = Setup(
         run=RunSpec.parse(read_toml(args.run_file), allow_task=args.allow_task),
         data=args.data,
+        base=args.base,
         shard=args.shard,
         device=args.device,
         threads=args.threads,

@@ -326,6 +326,7 @@ def _run(about: Subject) -> tuple[list[Finding], Estimate | None]:
         tables=about.run,
         members=peers,
         data=config.data,
+        base=config.base,
         device=config.device,
         allow_task=config.allow_task,
     )

@@ -39,6 +39,7 @@ class Job:
     seed: int
     """Added to the run's own; 0 trains it as the file says."""
     data: str | None = None
+    base: str | None = None
     allow_task: str | None = None
 
 
@@ -372,6 +373,7 @@ def _train(job: Job) -> Result:
         seed=job.seed,
         network=Network(),
         data=job.data,
+        base=job.base,
         allow_task=job.allow_task,
     )
     recorders = [Recorder(peer.worker) for peer in simulator.peers]

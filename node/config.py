@@ -141,6 +141,8 @@ class NodeConfig:
 
     data: str = ""
     """Folder or file with this peer's data; empty: what the task has built in."""
+    base: str = ""
+    """Folder of the model to start from, or hf://org/name; for tasks that take one."""
     shard: str = ""
     """`i/N`: train on the blocks whose hash is i modulo N; empty: see design 7."""
     device: str = "auto"
@@ -210,6 +212,8 @@ class NodeConfig:
         for name in ("data", "identity", "secret_file"):
             if given.get(name):
                 given[name] = str(Path(str(given[name])).expanduser().absolute())
+        if given.get("base"):
+            given["base"] = absolute_base(str(given["base"]))
         return replace(self, **cast("dict[str, Any]", given))
 
     def save(self, path: Path) -> None:
@@ -224,6 +228,11 @@ class NodeConfig:
         if self.log_gigabytes:
             return replace(chosen, log_bytes=int(self.log_gigabytes * (1 << 30)))
         return chosen
+
+
+def absolute_base(text: str) -> str:
+    """Return what --base names so that it means the same from anywhere; hf://… stays as it is."""
+    return text if text.startswith("hf://") else str(Path(text).expanduser().absolute())
 
 
 def parse_shard(text: str) -> tuple[int, int]:

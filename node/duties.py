@@ -129,6 +129,7 @@ class Duties:
             run=spec,
             peer=setup.peer,
             data=setup.data or None,
+            base=setup.base or None,
             shard=setup.shard,
             device=setup.device,
             threads=setup.threads,

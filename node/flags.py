@@ -107,11 +107,21 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
 
 
+def add_base(parser: argparse._ActionsContainer) -> None:
+    """Add --base, by which a task finds the model that it starts from."""
+    parser.add_argument(
+        "--base",
+        metavar="DIR|hf://ORG/NAME",
+        help="model to start from: a Hugging Face folder; hf:// downloads it",
+    )
+
+
 def add_training(parser: argparse._ActionsContainer) -> None:
     """Add what concerns the worker."""
     parser.add_argument(
         "--data", metavar="PATH", help="folder or file to train on (default: the task's own)"
     )
+    add_base(parser)
     parser.add_argument(
         "--shard",
         type=shard,

@@ -9,6 +9,7 @@ from typing import Any
 PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 LOCAL = (
     "data",
+    "base",
     "shard",
     "device",
     "threads",

@@ -63,6 +63,7 @@ def setup(run_file: RunFile, config: NodeConfig, who: Identity, where: Home) -> 
         run=run_file.tables(),
         peer=who.peer,
         data=config.data,
+        base=config.base,
         shard=parse_shard(config.shard) if config.shard else None,
         device=config.device,
         threads=config.threads,

@@ -156,7 +156,7 @@ def check_task(run_file: RunFile, allow_task: str) -> None:
 def task_names() -> Sequence[str]:
     """Return the built-in and installed tasks, without importing any of them."""
     folders = map(Path, shoal.training.tasks.__path__)
-    built_in = {p.stem for folder in folders for p in folder.glob("[a-z]*.py")}
+    built_in = {p.stem.replace("_", "-") for folder in folders for p in folder.glob("[a-z]*.py")}
     return sorted(built_in | {point.name for point in entry_points(group="shoal.tasks")})
 
 

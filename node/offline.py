@@ -63,17 +63,19 @@ def make_trainer(
     device: str = "cpu",
     threads: int = 0,
     data: str = "",
+    base: str = "",
     allow_task: str = "",
 ) -> "Trainer":
     """Build the run at its initial model, from the seed or from the integers kept in `home`.
 
-    Without `allow_task` the one of its node.toml is allowed. Raises ConfigError when the run can't
-    be built here, or is another model's than its genesis says.
+    Without `base` and `allow_task` those of its node.toml count. Raises ConfigError when the run
+    can't be built here, or is another model's than its genesis says.
     """
     from shoal.training.run import RunError, RunSpec
     from shoal.training.trainer import Setup, Trainer
 
-    allowed = allow_task or NodeConfig.load(home.node_toml).allow_task or None
+    local = NodeConfig.load(home.node_toml)
+    allowed = allow_task or local.allow_task or None
     initial = home.initial.read_bytes() if home.initial.exists() else None
     if initial is not None and not genesis.is_initial(initial):
         initial = None  # damaged: the daemon, too, makes it anew from the seed
@@ -84,6 +86,7 @@ def make_trainer(
             device=device,
             threads=threads,
             data=data or None,
+            base=base or local.base or None,
             allow_task=allowed,
         )
         trainer = Trainer(setup, initial=initial, clock=_no_clock)

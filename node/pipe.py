@@ -41,6 +41,7 @@ class Setup(msgspec.Struct, frozen=True):
     """The five tables."""
     peer: bytes
     data: str = ""
+    base: str = ""
     shard: tuple[int, int] | None = None
     device: str = "auto"
     threads: int = 0

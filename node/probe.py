@@ -98,7 +98,7 @@ def libp2p_here() -> dict[str, Any]:
 
 
 def run_here(
-    tables: dict[str, Any], members: int, data: str, device: str, allow_task: str
+    tables: dict[str, Any], members: int, data: str, base: str, device: str, allow_task: str
 ) -> dict[str, Any]:
     """Build the run, take one short turn, and apply its update: what a turn costs here."""
     import dataclasses
@@ -116,6 +116,7 @@ def run_here(
         setup = Setup(
             run=dataclasses.replace(spec, local=short),
             data=data or None,
+            base=base or None,
             device=device or "auto",
             allow_task=allow_task or None,
         )

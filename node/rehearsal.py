@@ -105,8 +105,17 @@ def _arrived(update: object, payload: bytes | None) -> exchange.Arrived:
 class _Workers:
     """Makes the peers' workers; the initial model is made once."""
 
-    def __init__(self, spec: RunSpec, peers: int, *, data: str | None, allow: str | None) -> None:
-        self._spec, self._peers, self._data, self._allow = spec, peers, data, allow
+    def __init__(
+        self,
+        spec: RunSpec,
+        peers: int,
+        *,
+        data: str | None,
+        base: str | None,
+        allow: str | None,
+    ) -> None:
+        self._spec, self._peers, self._allow = spec, peers, allow
+        self._data, self._base = data, base
         self._initial: bytes | None = None
         self.founding: Founding | None = None
 
@@ -122,6 +131,7 @@ class _Workers:
             run=self._spec,
             peer=peer,
             data=self._data,
+            base=self._base,
             shard=(index, self._peers),
             threads=1,
             allow_task=self._allow,
@@ -143,12 +153,13 @@ def rehearse(
     seed: int,
     network: Network,
     data: str | None = None,
+    base: str | None = None,
     allow_task: str | None = None,
 ) -> Simulator:
     """Return a simulator of `peers` that train this run; raises ConfigError."""
     try:
         spec = RunSpec.parse(tables, allow_task=allow_task)
-        workers = _Workers(spec, peers, data=data, allow=allow_task)
+        workers = _Workers(spec, peers, data=data, base=base, allow=allow_task)
         founding = workers.found()
     except RunError as error:
         raise ConfigError(str(error)) from error

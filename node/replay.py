@@ -67,6 +67,8 @@ class Options:
     """Measure the model on held-out data."""
     data: str = ""
     """Folder or file with that data; empty: what node.toml names, else the task's own."""
+    base: str = ""
+    """The model that the task starts from; empty: what node.toml names."""
     allow_task: str = ""
 
 
@@ -174,6 +176,7 @@ def replay(directory: Path, options: Options) -> Result:
         device=options.device,
         threads=options.threads,
         data=_data(home, options),
+        base=options.base,
         allow_task=options.allow_task,
     )
     # In this order: what the checkpoint holds and the daemon counts was in the log before.

@@ -37,6 +37,8 @@ class Place:
     """Examples per step."""
     data: str | None = None
     """The operator's `--data`."""
+    base: str | None = None
+    """The operator's `--base`: the folder of a model to start from, or hf://org/name."""
     shard: tuple[int, int] | None = None
     """The operator's `--shard i/N`."""
     min_peers: int = 1

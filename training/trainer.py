@@ -46,6 +46,7 @@ class Setup:
     run: RunSpec
     peer: bytes = b""
     data: str | None = None
+    base: str | None = None
     shard: tuple[int, int] | None = None
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1` … or `auto`: CUDA if there is one."""
@@ -348,6 +349,7 @@ class Trainer:
             peer=setup.peer,
             batch=spec.local.batch,
             data=setup.data,
+            base=setup.base,
             shard=setup.shard,
             min_peers=spec.swarm.min_peers,
         )

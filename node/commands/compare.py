@@ -56,6 +56,7 @@ def register(subparsers: flags.Subparsers) -> None:
         help="processes at once, a core each (default: as many as there are cores)",
     )
     parser.add_argument("--data", metavar="PATH", help="folder or file to train on")
+    flags.add_base(parser)
     parser.add_argument("--allow-task", metavar="PACKAGE.MODULE:FACTORY", help="a task of yours")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="one row per run, seed and turn")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the curves")
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
 def make_jobs(args: argparse.Namespace) -> "list[Job]":
     """Return the jobs: for each run file as it is and with every preset, all seeds."""
     from shoal.node.compare import Job
+    from shoal.node.config import absolute_base
     from shoal.node.swarm import adapt, read_run
 
     recipes: dict[str, dict[str, Any]] = {}
@@ -107,6 +109,7 @@ def make_jobs(args: argparse.Namespace) -> "list[Job]":
             peers=args.peers,
             seed=seed,
             data=None if args.data is None else os.path.abspath(args.data),
+            base=None if args.base is None else absolute_base(args.base),
             allow_task=args.allow_task,
         )
         for name, tables in recipes.items()

@@ -36,6 +36,7 @@ def register(subparsers: flags.Subparsers) -> None:
     parser.add_argument("--listen", type=flags.endpoint, metavar="HOST:PORT")
     parser.add_argument("--identity", type=Path, metavar="FILE", help="also look at this key file")
     parser.add_argument("--data", metavar="PATH", help="folder or file to train on")
+    flags.add_base(parser)
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--allow-task", metavar="PACKAGE.MODULE:FACTORY", help="let the run file use this task"

@@ -45,6 +45,7 @@ def register(subparsers: flags.Subparsers) -> None:
         metavar="PATH",
         help="with --evaluate: folder or file with that data (default: the daemon's)",
     )
+    flags.add_base(parser)
     parser.add_argument(
         "--allow-task",
         default="",
@@ -57,6 +58,7 @@ def register(subparsers: flags.Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Replay and report."""
     from shoal.node import client, replay
+    from shoal.node.config import absolute_base
     from shoal.node.errors import ConfigError
 
     if args.data and not args.evaluate:
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         evaluate=args.evaluate,
         data=args.data,
+        base=absolute_base(args.base) if args.base else "",
         allow_task=args.allow_task,
     )
     result = replay.replay(client.find(args.dir), options)

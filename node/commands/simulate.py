@@ -34,6 +34,7 @@ def register(subparsers: flags.Subparsers) -> None:
     )
     parser.add_argument("--fake", action="store_true", help="random updates, no training")
     parser.add_argument("--data", metavar="PATH", help="folder or file to train on")
+    flags.add_base(parser)
     parser.add_argument("--allow-task", metavar="PACKAGE.MODULE:FACTORY", help="a task of yours")
     parser.add_argument("--json", action="store_true", help="print the summary as one object")
 
@@ -83,6 +84,7 @@ def _make(args: argparse.Namespace, tables: dict[str, Any]) -> "Simulator":
         seed=args.seed,
         network=network,
         data=args.data,
+        base=args.base,
         allow_task=args.allow_task,
     )
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,6 +64,7 @@ def register(subparsers: flags.Subparsers) -> None:
     parser.add_argument(
         "--data", metavar="PATH", help="folder or file to train on (default: the task's own)"
     )
+    flags.add_base(parser)
     parser.add_argument("--device", help="of every worker: cpu or cuda")
     parser.add_argument("--allow-task", metavar="PACKAGE.MODULE:FACTORY", help="a task of yours")
     parser.add_argument(
@@ -126,11 +128,14 @@ def run_name(run: dict[str, Any]) -> str:
 
 def passed_on(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the flags that every daemon gets as they are."""
+    from shoal.node.config import absolute_base
+
     found: list[str] = []
-    for name in ("data", "device", "allow_task"):
+    for name in ("data", "base", "device", "allow_task"):
         value = getattr(args, name)
         if value is not None:
             value = os.path.abspath(value) if name == "data" else value
+            value = absolute_base(value) if name == "base" else value
             found += [f"--{name.replace('_', '-')}", value]
     return tuple(found)
 
@@ -139,7 +144,10 @@ def join_command(plan: "Plan", join: str) -> str:
     """Return what to type elsewhere to take part."""
     secret = "" if plan.secret is None else f" --secret-file {plan.secret}"
     task = [flag for flag in plan.extra if ":" in flag and "/" not in flag]
-    return f"shoal join {join}{secret}" + "".join(f" --allow-task {name}" for name in task)
+    base = [flag for before, flag in pairwise(plan.extra) if before == "--base"]
+    return f"shoal join {join}{secret}" + "".join(
+        [f" --base {folder}" for folder in base] + [f" --allow-task {name}" for name in task]
+    )
 
 
 def _make_secret(directory: Path) -> Path:
