@@ -20,9 +20,13 @@ Adding a codec is adding one file to `codecs/`: a frozen dataclass whose fields 
 under `@codec("name")`. An empty `inexact` says that it decodes to int32 in units of q from streams
 that are specified here, which the ledger needs; else it says why not, and the codec with these
 settings is for mixing only. A codec that must know which tensors the vector is made of has a method
-`shaped(shapes)` that returns the codec for them; the others see a length and nothing else. Two
-more traits are optional: `unbiased = True` says that E[decoded] = x over keys (never to be fed
-back), `sparsifies = True` that much is left unsent for long, so that a residual should decay.
+`shaped(shapes)` that returns the codec for them; the others see a length and nothing else. One
+whose payloads mean something only together with the run, the author and the turn they belong to
+(seeds are not sent, but follow from these) has a method `at(origin)` that returns the codec for
+them, and may decode to a `Combination`; those whose author must know its directions before it
+learns say `directed = True` and are `Directed`. Two more traits are optional: `unbiased = True`
+says that E[decoded] = x over keys (never to be fed back), `sparsifies = True` that much is left
+unsent for long, so that a residual should decay.
 """
 
 import functools
@@ -30,13 +34,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.compression import parallel
+from shoal.compression import parallel, perturbation
 from shoal.compression.settings import build, fill, unknown
 
 INT32_MAX = 2**31 - 1
@@ -69,11 +73,52 @@ class Decoded:
         return whole
 
 
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """A vector as Σ_k a_k · z(key_k), not yet written out (`compression/perturbation.py`)."""
+
+    size: int
+    """Length of the vector."""
+    keys: Tensor
+    """int64[K] on the CPU: the keys' bits, no two alike."""
+    coefficients: Tensor
+    """int64[K] on the CPU, in units of q; Σ|a| is below 2³¹, so that no element wraps."""
+    offset: int = 0
+    """Where in the model the vector begins."""
+    directions: Tensor | None = None
+    """int64[K]: the numbers of the keys in the run's pool of seeds, where it has one."""
+
+    def dense(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the whole vector, int32."""
+        whole = torch.zeros(self.size, dtype=torch.int32, device=device)
+        perturbation.accumulate(whole, self.keys, self.coefficients)
+        return whole
+
+    def sum_of_squares(self) -> int:
+        """Return d · Σ a²: what Σ v² is over directions at right angles, and nearly is over any."""
+        return self.size * sum(int(a) ** 2 for a in self.coefficients.tolist())
+
+
+Contribution = Decoded | Combination
+"""What a payload adds to the model, in either form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which update a payload is: what seeds follow from."""
+
+    run: bytes = bytes(32)
+    """The run id."""
+    author: bytes = bytes(32)
+    """The author's public key."""
+    turn: int = 1
+
+
 class Encoded(NamedTuple):
     """A payload and what it decodes to."""
 
     payload: bytes
-    decoded: Decoded
+    decoded: Contribution
 
 
 class Codec(Protocol):
@@ -88,12 +133,46 @@ class Codec(Protocol):
         """Return the payload of `x_D`; chance, where a codec uses any, comes from `key` alone."""
         ...
 
-    def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
+    def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Contribution:
         """Return the vector of `size` elements that the payload states, or raise PayloadError."""
         ...
 
     def bound(self, size: int) -> int:
         """Return the most bytes that a payload of `size` elements can have."""
+        ...
+
+
+@runtime_checkable
+class Directed(Protocol):
+    """A codec whose payloads are steps along directions that its author walks along first.
+
+    Made with `at(origin)`. A direction is a number: of a sample of the turn, or of a seed of the
+    run's pool.
+    """
+
+    @property
+    def perturbations(self) -> int:
+        """Return the most steps that a payload may hold."""
+        ...
+
+    def draw(self, count: int, weights: Tensor | None = None, *, key: int = 0) -> Tensor:
+        """Return int64[count]: the directions that this turn's author walks along, in order.
+
+        `weights`, one per seed of a pool, say how likely each is; `key` is where chance comes from
+        if the payload names its directions. Else both are ignored: everyone knows them.
+        """
+        ...
+
+    def key(self, direction: int) -> int:
+        """Return the key of a direction."""
+        ...
+
+    def say(self, size: int, directions: Tensor, steps: Tensor, *, key: int) -> Encoded:
+        """Return the payload of float64 `steps` in units of q along the first so many drawn.
+
+        Steps are rounded by chance, which comes from `key`, so that their mean is exact, after
+        those out of range were cut. A step that is not finite counts zero.
+        """
         ...
 
 
@@ -143,6 +222,17 @@ def make(
     return made if shaped is None or shapes is None else shaped(tuple(shapes))
 
 
+def directed(name: str) -> bool:
+    """Say whether codec `name` speaks of steps along directions (`Directed`)."""
+    return bool(getattr(_find(name), "directed", False))
+
+
+def at(part: Codec, origin: Origin) -> Codec:
+    """Return the codec for payloads of this origin."""
+    bind: Callable[[Origin], Codec] | None = getattr(part, "at", None)
+    return part if bind is None else bind(origin)
+
+
 def settings_of(name: str) -> list[str]:
     """Return the names of the settings of codec `name`."""
     return sorted(fill(_find(name), {}, where=name))
@@ -169,8 +259,23 @@ def sum_of_squares(values: Tensor) -> int:
     return total
 
 
-def subtract(x_D: Tensor, decoded: Decoded, factor: float) -> None:
-    """Set x ← x - decoded / factor in place: what is left of `x_D` when `factor · x_D` was sent."""
+def squares_of(update: Contribution) -> int:
+    """Return the exact integer that `clip` is compared with."""
+    if isinstance(update, Combination):
+        return update.sum_of_squares()
+    return sum_of_squares(update.values)
+
+
+def written(update: Contribution, device: torch.device | str = "cpu") -> Decoded:
+    """Return a contribution element by element."""
+    if isinstance(update, Decoded):
+        return update
+    return Decoded(update.size, update.dense(device), offset=update.offset)
+
+
+def subtract(x_D: Tensor, update: Contribution, factor: float) -> None:
+    """Set x ← x - update / factor in place: what is left of `x_D` when `factor · x_D` was sent."""
+    decoded = written(update, x_D.device)
     values, indices, inverse = decoded.values, decoded.indices, 1 / factor
     if indices is not None:
         x_D[indices] -= values.to(torch.float32).mul_(inverse)
@@ -206,10 +311,10 @@ def _guard(cls: Any) -> None:
     @functools.wraps(decode)
     def decode_vector(
         self: Codec, payload: bytes, size: int, device: torch.device | str = "cpu"
-    ) -> Decoded:
+    ) -> Contribution:
         if size < 1:
             raise PayloadError(f"a vector of {size} elements has no payload")
-        decoded: Decoded = decode(self, payload, size, device)
+        decoded: Contribution = decode(self, payload, size, device)
         return decoded
 
     cls.encode, cls.decode = encode_vector, decode_vector

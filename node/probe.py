@@ -106,9 +106,9 @@ def run_here(
 
     from shoal.compression.settings import SettingError
     from shoal.training.exchange import Arrived
+    from shoal.training.method import TrainingError
     from shoal.training.run import RunError, RunSpec
     from shoal.training.trainer import Setup, Trainer
-    from shoal.training.turn import TrainingError
 
     try:
         spec = RunSpec.parse(tables, allow_task=allow_task or None)

@@ -25,9 +25,9 @@ from shoal.node.simulate import (
     fake_peer,
 )
 from shoal.training import exchange
+from shoal.training.method import TrainingError
 from shoal.training.run import RunError, RunSpec
 from shoal.training.trainer import Founding, Setup, Trainer
-from shoal.training.turn import TrainingError
 
 STEP_SECONDS = 0.05
 """Simulated seconds of a local step; each peer is up to a quarter slower or faster."""

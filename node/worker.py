@@ -28,8 +28,8 @@ _PR_SET_PDEATHSIG = 1
 def failure(error: BaseException) -> pipe.Failed:
     """Return what to tell the daemon: the exception as one line, and whether to try again."""
     from shoal.compression.settings import SettingError
+    from shoal.training.method import TrainingError
     from shoal.training.run import RunError
-    from shoal.training.turn import TrainingError
 
     text = " ".join(str(error).split())
     if isinstance(error, RunError | SettingError | TrainingError):

@@ -35,7 +35,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from shoal.compression.codec import Codec, Decoded, Encoded, PayloadError
+from shoal.compression.codec import Codec, Decoded, Encoded, PayloadError, written
 from shoal.compression.settings import build, fill, unknown
 
 MIXING = "keeps state that sender and receivers share, frame by frame: it enters with mixing"
@@ -261,7 +261,7 @@ class Scaled:
         scaled_D = (x_D * 2.0**exponent).to(torch.float32)
         encoded = self.codec.encode(scaled_D, key=key)
         payload = bytes([exponent + 128]) + encoded.payload
-        return Encoded(payload, self._floats(encoded.decoded, exponent))
+        return Encoded(payload, self._floats(written(encoded.decoded, x_D.device), exponent))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
         """Return the floats that a payload states, or raise PayloadError."""
@@ -270,7 +270,7 @@ class Scaled:
         exponent = payload[0] - 128
         if not LEAST_EXPONENT <= exponent <= MOST_EXPONENT:
             raise PayloadError(f"quantum 2^{-exponent} is out of range")
-        return self._floats(self.codec.decode(payload[1:], size, device), exponent)
+        return self._floats(written(self.codec.decode(payload[1:], size, device), device), exponent)
 
     def bound(self, size: int) -> int:
         """Return the most bytes of a payload."""

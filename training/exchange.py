@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from shoal.training.fingerprint import Lanes
+from shoal.training.lesson import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,20 @@ class Exchange(Protocol):
         """Return the shared model as a float32 vector."""
         ...
 
+    def integers(self) -> Tensor:
+        """Return the shared model's int32 in units of q, not a copy."""
+        ...
+
     def start(self) -> Tensor:
         """Return the vector to train from: the shared model and what was learnt here since."""
         ...
 
     def publish(self, delta_D: Tensor, weight: float, *, turn: int, key: int) -> bytes:
         """Return the payload of a turn that moved `start` by `delta_D`; it stays pending."""
+        ...
+
+    def publish_steps(self, steps: Steps, weight: float, *, turn: int, key: int) -> bytes:
+        """Return the payload of a turn that went these steps; it stays pending."""
         ...
 
     def carry(self, delta_D: Tensor) -> None:

@@ -7,6 +7,7 @@ With Δ = θ_end - θ_start of a turn (the direction to add), weight w, and ever
     e ← β·e + step;   u = encode(w·e);   e ← e - decode(u)/w
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from shoal.compression.codec import Codec, Encoded, subtract
 from shoal.training.rules import Fragment, RuleError, Rules
+from shoal.training.walk import WalkSettings
 
 SHRINKS = 64
 """How often an update that breaks a rule is made smaller before the turn is given up."""
@@ -43,23 +45,40 @@ class FeedbackSettings:
 class Feedback:
     """Residual and momentum of one author, with one pending turn at most."""
 
-    def __init__(self, settings: FeedbackSettings, rules: Rules, *, quantum_bits: int) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Sequence[FeedbackSettings | WalkSettings],
+        rules: Rules,
+        *,
+        quantum_bits: int,
+    ) -> None:
+        """Take the settings of each plane of the run; what is not sent yet is of them all."""
+        self._settings = settings
         self._rules = rules
         self._quanta = 2.0**quantum_bits
         self.residual: Tensor | None = None
         self.momentum: Tensor | None = None
-        self._pending: tuple[Fragment, Tensor, Tensor | None] | None = None
+        self._pending: tuple[Fragment, Tensor | None, Tensor | None] | None = None
 
-    def publish(self, delta_D: Tensor, weight: float, *, turn: int = 1, key: int = 0) -> Encoded:
+    def publish(
+        self,
+        delta_D: Tensor,
+        weight: float,
+        *,
+        turn: int = 1,
+        key: int = 0,
+        codec: Codec | None = None,
+    ) -> Encoded:
         """Return the update of a turn; `commit` or `discard` decides about the memory it leaves.
 
         `delta_D` is the whole model's; only the fragment whose turn it is goes into the update and
-        changes the memory. Raises RuleError when no shrunken form of the update keeps the rules, or
-        the update is not finite.
+        changes the memory. `codec` is the fragment's, bound to this author and turn.
+        Raises RuleError when no shrunken form of the update keeps the rules, or it is not finite.
         """
         part = self._rules.fragment(turn)
-        mu, eta, beta = self.settings.momentum, self.settings.outer_lr, self.settings.decay
+        mine = self._settings[self._rules.plane(turn)]
+        assert isinstance(mine, FeedbackSettings)
+        mu, eta, beta = mine.momentum, mine.outer_lr, mine.decay
         delta_F = delta_D[part.range]
         e_F, m_F = eta * delta_F, None
         if mu:
@@ -71,11 +90,12 @@ class Feedback:
             e_F.add_(self.residual[part.range], alpha=beta)
         # In units of q and back in place: a copy would be one more tensor of the model's size.
         scale = weight * self._quanta
-        encoded, shrunk = self._encode(part.codec, e_F.mul_(scale), key)
+        encoded, shrunk = self._encode(codec or part.codec, e_F.mul_(scale), key)
+        left_F = None
         if beta:
             subtract(e_F if shrunk == 1 else e_F.mul_(1 / shrunk), encoded.decoded, 1.0)
-            e_F.mul_(1 / scale)
-        self._pending = (part, e_F, m_F)
+            left_F = e_F.mul_(1 / scale)
+        self._pending = (part, left_F, m_F)
         return encoded
 
     def commit(self) -> None:
@@ -83,7 +103,7 @@ class Feedback:
         if self._pending is None:
             return
         part, e_F, m_F = self._pending
-        if self.settings.decay:
+        if e_F is not None:
             self.residual = self._kept(self.residual, part, e_F)
         if m_F is not None:
             self.momentum = self._kept(self.momentum, part, m_F)
@@ -98,7 +118,7 @@ class Feedback:
         self.residual = self.momentum = self._pending = None
 
     def _kept(self, whole_D: Tensor | None, part: Fragment, part_F: Tensor) -> Tensor:
-        if len(self._rules.fragments) == 1:
+        if part.size == self._rules.size:
             return part_F
         if whole_D is None:
             whole_D = part_F.new_zeros(self._rules.size)

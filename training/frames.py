@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shoal.compression.codec import Decoded, Encoded, PayloadError
+from shoal.compression.codec import Contribution, Decoded, Encoded, PayloadError, written
 from shoal.training.control import ControlError, Lost, Remedy, Seat, State, Taken
 
 CHECKED = 32
@@ -165,7 +165,11 @@ class Numbered:
         checked = (self.count + 1) % CHECKED == 0
         checksum = digest(*self._shared_with(author)) if checked else b""
         payload = bytes([checked | dense << 1]) + checksum + extra + body.payload
-        self._pending = payload, Frame(body.decoded, dense, extra, checksum), memory
+        self._pending = (
+            payload,
+            Frame(written(body.decoded, self.seat.device), dense, extra, checksum),
+            memory,
+        )
         return payload
 
     # ---- everybody's side
@@ -222,7 +226,7 @@ class Numbered:
             values = _from_bytes(body, seat)
             decoded = Decoded(seat.size, values)
         else:
-            decoded = seat.codec.decode(body, seat.size, seat.device)
+            decoded = written(seat.codec.decode(body, seat.size, seat.device), seat.device)
         extra = payload[start - self.extra_bytes : start]
         return Frame(decoded, bool(dense), extra, payload[1 : 1 + SUM * checked])
 
@@ -505,8 +509,9 @@ class Rounds(Numbered):
         }
 
 
-def add(total_D: Tensor, decoded: Decoded, sign: int = 1) -> None:
+def add(total_D: Tensor, update: Contribution, sign: int = 1) -> None:
     """Add what a frame states (or take it off), touching no more than it touches."""
+    decoded = written(update, total_D.device)
     if decoded.indices is None:
         total_D += sign * decoded.values
     else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.compression import parallel
-from shoal.compression.codec import Decoded, sum_of_squares
+from shoal.compression.codec import Contribution, Decoded, sum_of_squares, written
 from shoal.training import fingerprint
 from shoal.training.fingerprint import CHUNK, Fingerprint, Lanes
 from shoal.training.rules import TurnRule
@@ -50,21 +50,23 @@ class Ledger:
         """Return the fingerprint of the tensor as it is now: a flipped bit in memory shows."""
         return self._lanes.of(self.model)
 
-    def add(self, key: Hashable, turn: int, update: Decoded) -> Lanes:
+    def add(self, key: Hashable, turn: int, update: Contribution) -> Lanes:
         """Take in an update; return the fingerprint of what it contributed."""
         members = {} if self._rule.alone else self._turns.setdefault(turn, {})
         if key in members:
             return 0, 0
+        update = written(update, self.model.device)
         change = self._rule.joined(tuple(members.values()), update)
         if not self._rule.alone:
             members[key] = update
         return self._change(change, 1)
 
-    def subtract(self, key: Hashable, turn: int, update: Decoded) -> Lanes:
+    def subtract(self, key: Hashable, turn: int, update: Contribution) -> Lanes:
         """Take an update out again; inverse of `add`."""
         members = {} if self._rule.alone else self._turns.setdefault(turn, {})
         if not self._rule.alone and members.pop(key, None) is None:
             return 0, 0
+        update = written(update, self.model.device)
         return self._change(self._rule.joined(tuple(members.values()), update), -1)
 
     def floats(self, quantum_bits: int) -> Tensor:

@@ -7,11 +7,21 @@ own updates with the same function before they publish.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import combinations
+from math import lcm
 from typing import ClassVar, Protocol
 
 import torch
 
-from shoal.compression.codec import Codec, Decoded, PayloadError, sum_of_squares
+from shoal.compression.codec import (
+    Codec,
+    Contribution,
+    Decoded,
+    Origin,
+    PayloadError,
+    at,
+    squares_of,
+)
 
 
 class RuleError(ValueError):
@@ -33,22 +43,34 @@ class Fragment:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """The rules of one run."""
+class Plane:
+    """One of the kinds of update of a run: which turns are its own, and how they look."""
 
     kind: str
     fragments: tuple[Fragment, ...]
-    """In order; turn t publishes the ((t - 1) mod their number)-th (Streaming DiLoCo)."""
+    """In order; each of the plane's turns publishes the next one (Streaming DiLoCo)."""
+    every: int = 1
+    """It has the turns that this number divides, but for those of the planes before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The rules of one run."""
+
+    planes: tuple[Plane, ...]
+    """The last has `every` = 1, so that every turn is one's."""
     turns: int
     """Last turn of the run; 0: none."""
     clip: Fraction
     initial_squares: int
     """Σ of squares of the initial model's integers, from the genesis."""
+    run: bytes = bytes(32)
+    """The run id: where seeds come from."""
 
     @property
     def size(self) -> int:
         """Return the number of parameters of the model."""
-        return sum(part.size for part in self.fragments)
+        return sum(part.size for part in self.planes[0].fragments)
 
     @property
     def most_squares(self) -> int:
@@ -57,18 +79,34 @@ class Rules:
 
     def most_bytes(self) -> dict[str, int]:
         """Return the largest payload of each kind; a larger declared size is never fetched."""
-        return {self.kind: max(part.codec.bound(part.size) for part in self.fragments)}
+        most: dict[str, int] = {}
+        for plane in self.planes:
+            sizes = [part.codec.bound(part.size) for part in plane.fragments]
+            most[plane.kind] = max(most.get(plane.kind, 0), *sizes)
+        return most
+
+    def plane(self, turn: int) -> int:
+        """Return the number of the plane whose turn it is."""
+        return next(i for i, plane in enumerate(self.planes) if turn % plane.every == 0)
 
     def fragment(self, turn: int) -> Fragment:
         """Return what an update of this turn is about."""
-        return self.fragments[(turn - 1) % len(self.fragments)]
+        number = self.plane(turn)
+        fragments = self.planes[number].fragments
+        if len(fragments) == 1:
+            return fragments[0]
+        return fragments[(self._turns_of(number, turn) - 1) % len(fragments)]
+
+    def codec(self, turn: int, author: bytes) -> Codec:
+        """Return the codec of this author's update of this turn."""
+        return at(self.fragment(turn).codec, Origin(self.run, author, turn))
 
     def judge_record(self, turn: int, kind: str, size: int) -> None:
         """Raise RuleError if the record alone shows that the update cannot count."""
-        if kind != self.kind:
-            raise RuleError(f"kind: {kind!r} where the run uses {self.kind!r}")
         if turn < 1 or (self.turns and turn > self.turns):
             raise RuleError(f"turn: {turn} is not one of the run's")
+        if kind != (wanted := self.planes[self.plane(turn)].kind):
+            raise RuleError(f"kind: {kind!r} where the run uses {wanted!r}")
         part = self.fragment(turn)
         if size > (most := part.codec.bound(part.size)):
             raise RuleError(f"size: {size} bytes where at most {most} are possible")
@@ -80,7 +118,9 @@ class Rules:
         size: int,
         payload: bytes | None,
         device: torch.device | str = "cpu",
-    ) -> Decoded:
+        *,
+        author: bytes = bytes(32),
+    ) -> Contribution:
         """Return what a genuine update contributes, or raise RuleError.
 
         `payload` may be None only when the record alone decides.
@@ -92,16 +132,26 @@ class Rules:
             raise RuleError(f"size: {len(payload)} bytes, the record says {size}")
         part = self.fragment(turn)
         try:
-            decoded = part.codec.decode(payload, part.size, device)
+            decoded = self.codec(turn, author).decode(payload, part.size, device)
         except PayloadError as error:
             raise RuleError(f"payload: {error}") from error
         self.judge_values(decoded)
         return replace(decoded, offset=part.start)
 
-    def judge_values(self, decoded: Decoded) -> None:
+    def judge_values(self, decoded: Contribution) -> None:
         """Raise RuleError if the values are too large together."""
-        if (squares := sum_of_squares(decoded.values)) > self.most_squares:
+        if (squares := squares_of(decoded)) > self.most_squares:
             raise RuleError(f"clip: sum of squares {squares} is above the clip {self.most_squares}")
+
+    def _turns_of(self, number: int, turn: int) -> int:
+        """Return how many of the turns up to this one are this plane's: inclusion, exclusion."""
+        count = 0
+        for size in range(number + 1):
+            for some in combinations(self.planes[:number], size):
+                count += (-1) ** size * (
+                    turn // lcm(self.planes[number].every, *(plane.every for plane in some))
+                )
+        return count
 
 
 class TurnRule(Protocol):

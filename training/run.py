@@ -13,9 +13,11 @@ from shoal.compression import codec
 from shoal.compression.settings import SettingError, build, fill, unknown
 from shoal.training import control, optimizer, presets, rules, schedule, tables, task
 from shoal.training.feedback import FeedbackSettings
+from shoal.training.walk import WalkSettings
 
 T = TypeVar("T")
 TABLES = ("run", "task", "local", "exchange", "swarm")
+MOST_PLANES = 4
 
 
 class RunError(ValueError):
@@ -31,6 +33,22 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Plane:
+    """One of the kinds of update of a run."""
+
+    update: Part
+    """Kind and settings of the codec."""
+    author: FeedbackSettings | WalkSettings
+    """How it comes about: from a vector with a residual, or from steps along directions."""
+    every: int = 1
+    """It has every so manyth turn, but for those of the planes before it."""
+
+    def filled(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"kind": self.update.name, **asdict(self.author), **self.update.options}
+
+
+@dataclass(frozen=True, slots=True)
 class RunSpec:
     """A run file, checked and complete."""
 
@@ -40,9 +58,8 @@ class RunSpec:
     optimizer: Part
     schedule: str
     exchange: tables.Exchange
-    update: Part
-    """Kind and settings of the codec."""
-    feedback: FeedbackSettings
+    planes: tuple[Plane, ...]
+    """What is published in which turn; most runs have one."""
     swarm: tables.Swarm
 
     @classmethod
@@ -65,11 +82,11 @@ class RunSpec:
             **self.optimizer.options,
         }
         exchange = asdict(self.exchange)
-        exchange["update"] = {
-            "kind": self.update.name,
-            **asdict(self.feedback),
-            **self.update.options,
-        }
+        planes = [plane.filled() for plane in self.planes]
+        if len(planes) > 1:
+            for said, plane in zip(planes, self.planes, strict=True):
+                said["every"] = plane.every
+        exchange["update"] = planes if len(planes) > 1 else planes[0]
         return {
             "run": asdict(self.run),
             "task": {"name": self.task.name, **self.task.options},
@@ -97,7 +114,6 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
         raise SettingError(
             f"exchange.control = {exchange.control!r} cannot be used with the ledger: {reason}"
         )
-    update, feedback = _update(exchange.update)
     return RunSpec(
         run=run,
         task=_task(given.get("task", {}), allow_task),
@@ -105,8 +121,7 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
         optimizer=inner,
         schedule=curve,
         exchange=exchange,
-        update=update,
-        feedback=feedback,
+        planes=_planes(exchange, swarm.min_peers),
         swarm=swarm,
     )
 
@@ -143,25 +158,61 @@ def _optimizer(given: Mapping[str, Any], turns: int) -> tuple[Part, str]:
     return Part(name, optimizer.filled(str(name), options)), curve
 
 
-def _update(given: Mapping[str, Any]) -> tuple[Part, FeedbackSettings]:
-    where = "exchange.update"
-    mine = FeedbackSettings.__dataclass_fields__
+def _planes(exchange: tables.Exchange, peers: int) -> tuple[Plane, ...]:
+    """Return what is published in which turn."""
+    given = exchange.update
+    if not isinstance(given, list):
+        return (_plane(given, exchange, peers, "exchange.update", last=True),)
+    if not 1 <= len(given) <= MOST_PLANES:
+        raise SettingError(f"exchange.update lists {len(given)} kinds; list 1 to {MOST_PLANES}")
+    where = [f"exchange.update[{i}]" for i in range(len(given))]
+    return tuple(
+        _plane(one, exchange, peers, name, last=one is given[-1])
+        for one, name in zip(given, where, strict=True)
+    )
+
+
+def _plane(given: Any, exchange: tables.Exchange, peers: int, where: str, *, last: bool) -> Plane:
+    if not isinstance(given, Mapping):
+        raise SettingError(f"{where} must be a table, or a list of tables, got {given!r}")
+    every = given.get("every", 1)
+    if type(every) is not int or not 1 <= every < 2**31 or (every == 1) != last:
+        raise SettingError(
+            f"{where}.every = {every!r}; the last kind of update has every turn that the others "
+            "leave (no `every`), the others every second, third … (`every` = 2, 3 …)"
+        )
     name = str(given.get("kind", "sparse"))
-    settings = {k: v for k, v in given.items() if k != "kind" and k not in mine}
+    directed = name in codec.names() and codec.directed(name)
+    mine = (WalkSettings if directed else FeedbackSettings).__dataclass_fields__
+    settings = {k: v for k, v in given.items() if k not in ("kind", "every") and k not in mine}
+    own = {k: v for k, v in given.items() if k in mine}
     try:
         options = codec.filled(name, settings, where=where)
     except SettingError:
         if name in codec.names():
             for key in settings:
-                known = {*codec.settings_of(name), *mine, "kind"}
+                known = {*codec.settings_of(name), *mine, "kind", "every"}
                 if key not in known:
                     raise unknown(f"setting of {where}:", key, known) from None
         raise
     if reason := codec.make(name, options, where=where).inexact:
         raise SettingError(f"kind = {name!r} cannot be used with the ledger: {reason}")
-    given = {"decay": _decay(codec.make(name, options, where=where)), **given}
-    own = fill(FeedbackSettings, {k: v for k, v in given.items() if k in mine}, where=where)
-    return Part(name, options), build(FeedbackSettings, own, where=where)
+    if not directed:
+        own = {"decay": _decay(codec.make(name, options, where=where)), **own}
+    made: FeedbackSettings | WalkSettings
+    if directed:
+        made = build(WalkSettings, fill(WalkSettings, own, where=where), where=where)
+    else:
+        made = build(FeedbackSettings, fill(FeedbackSettings, own, where=where), where=where)
+    if isinstance(made, WalkSettings):
+        if exchange.fragments > 1:
+            raise SettingError(
+                f"kind = {name!r} steps along directions of the whole model: leave fragments out"
+            )
+        if "exponent" not in given:
+            options["exponent"] = made.exponent(exchange.quantum_bits, peers)
+            options = codec.filled(name, options, where=where)
+    return Plane(Part(name, options), made, every)
 
 
 def _decay(part: codec.Codec) -> float:

@@ -76,7 +76,8 @@ class Exchange:
     """`[exchange]`: what peers tell each other and which rules every update must keep."""
 
     mode: str = "ledger"
-    update: dict[str, Any] = field(default_factory=lambda: {"kind": "sparse"})
+    update: dict[str, Any] | list[Any] = field(default_factory=lambda: {"kind": "sparse"})
+    """Kind and settings; or a list of them, each but the last with `every`: see the README."""
     pace: str = "free"
     """`free`: nobody waits; `lockstep`: turn t waits for everybody's turn t - 1."""
     preset: str = ""

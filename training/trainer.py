@@ -8,7 +8,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from shoal.training import ledger, merkle, optimizer, parameters, schedule, task
 from shoal.training.exchange import Arrived, Outcome
 from shoal.training.exchanges.ledger import LedgerExchange
 from shoal.training.fingerprint import Lanes
+from shoal.training.method import Method, Tools
+from shoal.training.methods.gradient import Gradient
 from shoal.training.parameters import Parameters
-from shoal.training.rules import Fragment, Rules
+from shoal.training.rules import Fragment, Plane, Rules
 from shoal.training.run import RunError, RunSpec
 from shoal.training.task import Place, Task
-from shoal.training.turn import Learner, Turned, chance
+from shoal.training.turn import Learner, Plan, Turned, chance
 
 NAN = float("nan")
-CHECKPOINT = 1
+CHECKPOINT = 2
 """Version of the checkpoint file."""
 MEMORY = ("residual", "momentum", "drift")
 """What an author keeps between turns (`LedgerExchange.memory`)."""
@@ -55,6 +57,8 @@ class Setup:
     allow_task: str | None = None
     directory: Path | None = None
     """Where the peer keeps its state; for tasks that cache."""
+    run_id: bytes = bytes(32)
+    """Where the seeds of shared directions come from; all of a run must have the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,23 +122,20 @@ class Trainer:
         self._parameters = Parameters(self._model)
         integers_D = self._initial(initial)
         self._initial_squares = codec.sum_of_squares(integers_D)
-        self.exchange = LedgerExchange(
-            integers_D.to(device),
-            self._rules(),
-            spec.feedback,
-            quantum_bits=spec.exchange.quantum_bits,
-            turn_rule=spec.exchange.rule,
-        )
-        self._learner = Learner(
+        self.exchange = self._exchange(integers_D.to(device))
+        self._tools = Tools(
             task=self._task,
             model=self._model,
             parameters=self._parameters,
-            inner=self._inner(),
             rate=schedule.SCHEDULES[spec.schedule],
             turns=spec.run.turns,
             clock=clock,
             buffers=spec.run.buffers,
         )
+        self._learner = Learner()
+        self._inners: dict[str, optimizer.Inner] = {}
+        """By their place in the checkpoint."""
+        self._methods = [self._method(plane) for plane in range(len(spec.planes))]
 
     # ---- what the run is
 
@@ -214,19 +215,12 @@ class Trainer:
         no participation in it. Raises TrainingError when the turn shows that training cannot go on.
         """
         spec = self._spec
-        weight = spec.exchange.staleness.factor(lag) / members
         every = spec.local.evaluate_every
         measure = every and (turn - 1) % every == 0
+        plan = self._plan(turn, spec.exchange.staleness.factor(lag) / members, publish=publish)
         try:
             turned = self._learner.turn(
-                self.exchange,
-                turn=turn,
-                steps=self._steps(),
-                weight=weight,
-                seed=chance(spec.run.seed, self._setup.peer, turn),
-                kind=spec.update.name,
-                evaluate=self._evaluate_quickly if measure else lambda: NAN,
-                publish=publish,
+                self.exchange, plan, self._evaluate_quickly if measure else lambda: NAN
             )
         except SettingError as error:  # data is read when first needed
             raise RunError(str(error)) from error
@@ -257,22 +251,27 @@ class Trainer:
         The ledger stays as it is.
         """
         turns = self._spec.run.turns or 1
-        at_D = self.exchange.model()
-        self._parameters.write(at_D)
+        private = self._exchange(self.exchange.ledger.model)
         for turn in range(1, turns + 1):
             share = steps * turn // turns - steps * (turn - 1) // turns
             if share:
-                seed = chance(self._spec.run.seed, self._setup.peer, turn)
-                at_D = at_D + self._learner.learn(at_D, turn, share, seed).delta
+                plan = replace(self._plan(turn, 1.0), steps=share)
+                lesson = plan.method.learn(
+                    private, plan.codec, turn=turn, steps=share, seed=plan.seed
+                )
+                private.keep(lesson.brought, plan.codec)
+        self._parameters.write(private.start())
         return self._measure(thorough=True)
 
     # ---- files
 
     def save(self, path: Path, frontier: Any = None) -> None:
         """Write ledger, residual, momentum, inner optimizer, and `frontier` (any JSON)."""
-        tensors, numbers = self._learner.inner.tensors()
-        named = {f"inner/{name}": value for name, value in tensors.items()}
-        named["ledger"] = self.exchange.ledger.model
+        named = {"ledger": self.exchange.ledger.model}
+        numbers = {}
+        for place, inner in self._inners.items():
+            tensors, numbers[place] = inner.tensors()
+            named.update({f"{place}/{name}": value for name, value in tensors.items()})
         named.update(self.exchange.memory())
         state = {
             "version": CHECKPOINT,
@@ -303,8 +302,13 @@ class Trainer:
         """
         tensors, state = _read(path)
         self._check(path, tensors, state)
-        inner = {k.removeprefix("inner/"): v for k, v in tensors.items() if k.startswith("inner/")}
-        self._learner.inner.load(inner, state["numbers"])
+        for place, inner in self._inners.items():
+            mine = {
+                name.removeprefix(f"{place}/"): value
+                for name, value in tensors.items()
+                if name.startswith(f"{place}/")
+            }
+            inner.load(mine, state["numbers"].get(place, {}))
         self.exchange.restore(tensors["ledger"].numpy().astype("<i4").tobytes())
         owner = tuple(state["owner"]) if state["owner"] else None
         kept = owner == own
@@ -371,23 +375,59 @@ class Trainer:
             )
         return self._initial_D
 
-    def _rules(self) -> Rules:
-        spec = self._spec
-        layout = self._parameters.layout
-        fragments = tuple(
-            Fragment(
-                part.start,
-                len(part),
-                codec.make(spec.update.name, spec.update.options, shapes=layout.shapes_in(part)),
+    def _exchange(self, integers_D: Tensor) -> LedgerExchange:
+        spec, layout = self._spec, self._parameters.layout
+        planes = tuple(
+            Plane(
+                plane.update.name,
+                tuple(
+                    Fragment(
+                        part.start,
+                        len(part),
+                        codec.make(
+                            plane.update.name, plane.update.options, shapes=layout.shapes_in(part)
+                        ),
+                    )
+                    for part in layout.fragments(spec.exchange.fragments)
+                ),
+                plane.every,
             )
-            for part in layout.fragments(spec.exchange.fragments)
+            for plane in spec.planes
         )
-        return Rules(
-            kind=spec.update.name,
-            fragments=fragments,
+        rules = Rules(
+            planes=planes,
             turns=spec.run.turns,
             clip=spec.exchange.clip_ratio(),
             initial_squares=self._initial_squares,
+            run=self._setup.run_id,
+        )
+        return LedgerExchange(
+            integers_D,
+            rules,
+            [plane.author for plane in spec.planes],
+            quantum_bits=spec.exchange.quantum_bits,
+            turn_rule=spec.exchange.rule,
+            peer=self._setup.peer or bytes(32),
+        )
+
+    def _method(self, plane: int) -> Method:
+        """Return how the turns of this plane are learnt."""
+        if "inner" not in self._inners:
+            self._inners["inner"] = self._inner()
+        return Gradient(self._tools, self._inners["inner"])
+
+    def _plan(self, turn: int, weight: float, *, publish: bool = True) -> Plan:
+        rules = self.exchange.rules
+        plane = rules.plane(turn)
+        return Plan(
+            turn=turn,
+            kind=rules.planes[plane].kind,
+            method=self._methods[plane],
+            codec=rules.codec(turn, self.exchange.peer),
+            steps=self._steps(),
+            weight=weight,
+            seed=chance(self._spec.run.seed, self._setup.peer, turn),
+            publish=publish,
         )
 
     def _inner(self) -> optimizer.Inner:

@@ -1,33 +1,26 @@
 """One turn. **Start reading here.**
 
-    θ ← q·model + drift → H local steps → Δ = θ_end - θ → Feedback → Codec.encode → payload
+    q·model → local steps (methods/) → what they brought → exchange.publish → payload
 
 The payload is signed, stored and told to others by the daemon (node/); it comes back to the ledger
 through `apply`, like everybody's. A turn that goes wrong is dropped whole: model, residual,
 momentum and inner optimizer are as they were at its start.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shoal.training import parameters
+from shoal.compression.codec import Codec
 from shoal.training.exchange import Exchange
-from shoal.training.optimizer import Inner
-from shoal.training.parameters import Parameters
+from shoal.training.lesson import Lesson
+from shoal.training.method import Method, TrainingError
 from shoal.training.rules import RuleError
-from shoal.training.task import Task
 
 DROPS = 3
 """So many dropped turns in a row stop the training."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +39,8 @@ class Turned:
     """Of the local steps alone."""
     dropped: str | None
     """Why the turn taught nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What the local steps brought."""
-
-    delta: Tensor
-    loss: float
-    steps: int
-    seconds: float
-    problem: str | None
+    skipped: int = 0
+    """Steps that taught nothing, since their loss was not finite."""
 
 
 def chance(seed: int, peer: bytes, turn: int) -> int:
@@ -66,95 +50,70 @@ def chance(seed: int, peer: bytes, turn: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a turn is to be taken."""
+
+    turn: int
+    kind: str
+    method: Method
+    codec: Codec
+    """Bound to this author and turn."""
+    steps: int
+    weight: float
+    """w: by how much of it the update counts."""
+    seed: int
+    publish: bool = True
+    """False: what is learnt goes into the next update instead."""
+
+
 class Learner:
-    """Takes local steps: the model on its device, its inner optimizer, and the task."""
+    """Takes turns, and counts those that went wrong."""
 
-    task: Task
-    model: nn.Module
-    parameters: Parameters
-    inner: Inner
-    rate: Callable[[float], float]
-    """Learning rate factor by progress of the run."""
-    turns: int
-    """Of the whole run; 0: no end, no schedule."""
-    clock: Callable[[], float]
-    buffers: str
-    _drops: int = 0
+    def __init__(self) -> None:
+        self._drops = 0
 
-    def turn(
-        self,
-        exchange: Exchange,
-        *,
-        turn: int,
-        steps: int,
-        weight: float,
-        seed: int,
-        kind: str,
-        evaluate: Callable[[], float],
-        publish: bool = True,
-    ) -> Turned:
-        """Train from the shared model and return the update that says what was learnt.
-
-        Without `publish` the turn's lesson is carried on to the next update.
-        """
-        start_D = exchange.start()
+    def turn(self, exchange: Exchange, plan: Plan, evaluate: Callable[[], float]) -> Turned:
+        """Train from the shared model and return the update that says what was learnt."""
         evaluation = evaluate()
-        self.parameters.write(start_D)
-        before = self.inner.remember()
-        lesson = self.learn(start_D, turn, steps, seed)
+        lesson = plan.method.learn(
+            exchange, plan.codec, turn=plan.turn, steps=plan.steps, seed=plan.seed
+        )
         payload, problem = None, lesson.problem
-        if problem is None and not publish:
-            exchange.carry(lesson.delta)
-        elif problem is None:
+        if problem is None:
             try:
-                payload = exchange.publish(lesson.delta, weight, turn=turn, key=seed)
+                payload = _publish(exchange, plan, lesson)
             except RuleError as error:
                 problem = str(error)
         if problem is not None:
-            self.inner.restore(before)
+            plan.method.forget()
         self._count(problem)
-        return Turned(kind, payload, lesson.loss, evaluation, lesson.steps, lesson.seconds, problem)
-
-    def learn(self, start_D: Tensor, turn: int, steps: int, seed: int) -> Lesson:
-        """Take the local steps of a turn from the model as it is, which is `start_D`."""
-        device = start_D.device
-        batches = self.task.batches(torch.Generator().manual_seed(seed))
-        buffers = parameters.floating_buffers(self.model)
-        losses, problem, started = [], None, self.clock()
-        self.model.train()
-        self.inner.clear()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for step in range(steps):
-                self.inner.scale(self._factor(turn - 1 + step / steps))
-                loss = self.task.loss(self.model, next(batches))
-                losses.append(loss.detach())
-                loss.backward()  # type: ignore[no-untyped-call]
-                self.inner.step()
-        self.inner.finish()
-        mean = float(torch.stack(losses).mean())
-        seconds = self.clock() - started
-        delta_D = self.parameters.read() - start_D
-        if self.buffers == "refuse" and (
-            changed := parameters.changed_buffers(self.model, buffers)
-        ):
-            raise TrainingError(parameters.buffers_refused(changed))
-        if not math.isfinite(mean):
-            problem = f"the loss became {mean} in turn {turn}"
-        elif not bool(torch.isfinite(delta_D).all()):
-            problem = f"the model left the finite numbers in turn {turn}"
-        if problem:
-            parameters.restore_buffers(self.model, buffers)
-        return Lesson(delta_D, mean, steps, seconds, problem)
-
-    def _factor(self, turns_done: float) -> float:
-        return self.rate(turns_done / self.turns) if self.turns else 1.0
+        return Turned(
+            kind=plan.kind,
+            payload=payload,
+            loss=lesson.loss,
+            evaluation=evaluation,
+            steps=lesson.steps,
+            seconds=lesson.seconds,
+            dropped=problem,
+            skipped=lesson.skipped,
+        )
 
     def _count(self, problem: str | None) -> None:
         self._drops = self._drops + 1 if problem else 0
         if self._drops >= DROPS:
             raise TrainingError(
                 f"{DROPS} turns in a row were dropped, the last because {problem}; "
-                "lower local.optimizer.lr"
+                "lower the learning rate"
             )
+
+
+def _publish(exchange: Exchange, plan: Plan, lesson: Lesson) -> bytes | None:
+    brought = lesson.brought
+    if isinstance(brought, Tensor):
+        if plan.publish:
+            return exchange.publish(brought, plan.weight, turn=plan.turn, key=plan.seed)
+        exchange.carry(brought)
+    elif plan.publish:
+        return exchange.publish_steps(brought, plan.weight, turn=plan.turn, key=plan.seed)
+    return None

@@ -28,7 +28,7 @@ class Paced(duties.Duties):
         self._pending = True
         time.sleep(max(0.0, self.seconds - (time.perf_counter() - began)))
         answer = pipe.Turned(
-            kind=trainer.exchange.rules.kind,
+            kind=trainer.exchange.rules.planes[0].kind,
             loss=None,
             evaluation=None,
             steps=1,

@@ -100,7 +100,7 @@ def take(
 ) -> "tuple[list[int], Tensor]":
     """Return bytes of every round and the model after the last; None: whole, in float32."""
     from shoal.training.exchange import Arrived
-    from shoal.training.turn import TrainingError
+    from shoal.training.method import TrainingError
 
     trainer = tuned.again(turns=rounds, steps=steps, rate=rate, update=update)
     sizes = []

@@ -258,7 +258,7 @@ class Recorded:
         tables["exchange"] = {"update": {"kind": "sparse"}}
         spec = RunSpec.parse(tables)
         trainer = Trainer(Setup(run=spec, shard=(0, 4)), clock=time.monotonic)
-        part = codec.make(spec.update.name, spec.update.options)
+        part = codec.make(spec.planes[0].update.name, spec.planes[0].update.options)
         updates = []
         for turn in range(1, turns + 1):
             turned = trainer.turn(turn, 4.0)
@@ -364,7 +364,9 @@ def apply(part: "Codec", payload: bytes, ledger: "Ledger") -> None:
     """Add what a payload says to a ledger, as a receiver does, fingerprint and all."""
     import torch
 
-    decoded = part.decode(payload, ledger.size, ledger.model.device)
+    from shoal.compression.codec import written
+
+    decoded = written(part.decode(payload, ledger.size, ledger.model.device), ledger.model.device)
     if decoded.values.dtype != torch.int32:  # a codec for mixing alone
         decoded = replace(decoded, values=decoded.values.round().to(torch.int32))
     ledger.add(0, 1, decoded)

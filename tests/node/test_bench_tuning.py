@@ -15,8 +15,8 @@ from shoal.node.bench._rounds import Round
 from shoal.node.bench._tuned import Plan, Series, Tuned
 from shoal.node.bench.tuning import Row, Trial
 from shoal.training import data
+from shoal.training.method import TrainingError
 from shoal.training.tasks import text
-from shoal.training.turn import TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Plan(1, 16, 10, 10, 8, 8, (Series(2, 1e-3, (0.05,), (1.0,)),))

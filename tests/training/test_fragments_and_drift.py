@@ -15,7 +15,7 @@ from shoal.training import presets
 from shoal.training.exchange import Arrived
 from shoal.training.exchanges.ledger import LedgerExchange
 from shoal.training.feedback import FeedbackSettings
-from shoal.training.rules import Fragment, Rules
+from shoal.training.rules import Fragment, Plane, Rules
 from shoal.training.run import RunError, RunSpec
 from shoal.training.staleness import Staleness
 from shoal.training.trainer import Setup, Trainer
@@ -34,14 +34,15 @@ def exchange(fragments: int, **feedback: float) -> LedgerExchange:
     ends = [SIZE * i // fragments for i in range(fragments + 1)]
     part = codec.make("dense", {"bits": 4})
     rules = Rules(
-        kind="dense",
-        fragments=tuple(Fragment(a, b - a, part) for a, b in itertools.pairwise(ends)),
+        planes=(
+            Plane("dense", tuple(Fragment(a, b - a, part) for a, b in itertools.pairwise(ends))),
+        ),
         turns=0,
         clip=Fraction(10**9),
         initial_squares=10**12,
     )
     initial = torch.ones(SIZE, dtype=torch.int32)
-    return LedgerExchange(initial, rules, FeedbackSettings(**feedback), quantum_bits=BITS)
+    return LedgerExchange(initial, rules, [FeedbackSettings(**feedback)], quantum_bits=BITS)
 
 
 def delta(seed: int) -> torch.Tensor:
@@ -109,8 +110,8 @@ def test_fragments_lie_side_by_side_and_bound_the_payload() -> None:
     whole, parts = trainer(RUN), trainer(RUN, fragments=3)
     rules = parts.exchange.rules
     assert rules.size == parts.parameters
-    assert len(rules.fragments) == 3
-    edges = [(part.start, part.start + part.size) for part in rules.fragments]
+    assert len(rules.planes[0].fragments) == 3
+    edges = [(part.start, part.start + part.size) for part in rules.planes[0].fragments]
     assert edges[0][0] == 0
     assert edges[-1][1] == parts.parameters
     assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
@@ -123,7 +124,7 @@ def test_a_payload_of_another_fragment_counts_nothing() -> None:
     one = trainer(RUN, fragments=3)
     turned = one.turn(1, 4)
     assert turned.payload is not None
-    sizes = [part.size for part in one.exchange.rules.fragments]
+    sizes = [part.size for part in one.exchange.rules.planes[0].fragments]
     assert sizes[0] != sizes[1]
     wrong = Arrived((b"q" * 32, 1, 1), 2, turned.kind, turned.payload, len(turned.payload))
     (outcome,) = one.apply([wrong])
@@ -237,8 +238,8 @@ def test_presets_that_share_state_are_refused_with_the_reason(name: str) -> None
 def test_a_preset_gives_way_to_what_the_run_file_says() -> None:
     given = {"preset": "sparseloco", "update": {"bits": 1}}
     spec = RunSpec.parse({**RUN, "exchange": given})
-    assert spec.update.options["bits"] == 1
-    assert spec.update.options["density"] == 1 / 64
+    assert spec.planes[0].update.options["bits"] == 1
+    assert spec.planes[0].update.options["density"] == 1 / 64
     assert spec.exchange.preset == ""
     assert RunSpec.parse(spec.filled()).filled() == spec.filled()
     with pytest.raises(SettingError, match="leave one of them out"):

@@ -9,14 +9,13 @@ import torch
 from shoal.compression import codec
 from shoal.compression.codec import Encoded
 from shoal.training.feedback import Feedback, FeedbackSettings
-from shoal.training.rules import Fragment, RuleError, Rules
+from shoal.training.rules import Fragment, Plane, RuleError, Rules
 
 SIZE = 2000
 BITS = 24
 DENSE = codec.make("dense", {"bits": 8})
 RULES = Rules(
-    kind="dense",
-    fragments=(Fragment(0, SIZE, DENSE),),
+    planes=(Plane("dense", (Fragment(0, SIZE, DENSE),)),),
     turns=10,
     clip=Fraction(1, 4),
     initial_squares=10**18,
@@ -74,7 +73,7 @@ def test_the_largest_payload_is_the_codecs_bound() -> None:
 
 
 def feedback(settings: FeedbackSettings, rules: Rules = RULES) -> Feedback:
-    return Feedback(settings, rules, quantum_bits=BITS)
+    return Feedback([settings], rules, quantum_bits=BITS)
 
 
 def sent(encoded: Encoded) -> torch.Tensor:
@@ -84,7 +83,7 @@ def sent(encoded: Encoded) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_what_is_sent_and_what_is_kept_is_what_was_learnt(kind: str) -> None:
     """Σ sent / w + residual = Σ η·Δ when nothing decays."""
-    rules = replace(RULES, kind=kind, fragments=(Fragment(0, SIZE, codec.make(kind, {})),))
+    rules = replace(RULES, planes=(Plane(kind, (Fragment(0, SIZE, codec.make(kind, {})),)),))
     author = feedback(FeedbackSettings(outer_lr=0.5, decay=1.0), rules)
     total = torch.zeros(SIZE, dtype=torch.float64)
     for turn in range(20):

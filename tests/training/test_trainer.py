@@ -11,9 +11,10 @@ import torch
 
 from shoal.training import merkle
 from shoal.training.exchange import Arrived
+from shoal.training.method import TrainingError
 from shoal.training.run import RunError, RunSpec
 from shoal.training.trainer import CheckpointError, Setup, Trainer
-from shoal.training.turn import TrainingError, Turned
+from shoal.training.turn import Turned
 
 RUN: dict[str, Any] = {
     "run": {"name": "digits", "seed": 1, "turns": 25},

@@ -5,11 +5,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shoal.compression import perturbation
+from shoal.compression.codec import Codec, Directed
 from shoal.training.exchange import Arrived, Outcome
-from shoal.training.feedback import Feedback, FeedbackSettings
+from shoal.training.feedback import SHRINKS, Feedback, FeedbackSettings
 from shoal.training.fingerprint import Lanes
 from shoal.training.ledger import Ledger
+from shoal.training.lesson import Steps
 from shoal.training.rules import TURN_RULES, RuleError, Rules
+from shoal.training.walk import WalkSettings
 
 
 class LedgerExchange:
@@ -19,14 +23,17 @@ class LedgerExchange:
         self,
         initial_D: Tensor,
         rules: Rules,
-        feedback: FeedbackSettings,
+        authors: Sequence[FeedbackSettings | WalkSettings],
         *,
         quantum_bits: int,
         turn_rule: str = "sum",
+        peer: bytes = bytes(32),
     ) -> None:
         self.ledger = Ledger(initial_D, TURN_RULES[turn_rule]())
         self.rules = rules
-        self.feedback = Feedback(feedback, rules, quantum_bits=quantum_bits)
+        self.feedback = Feedback(authors, rules, quantum_bits=quantum_bits)
+        self.peer = peer
+        """Whose updates `publish` returns."""
         self.owner: tuple[int, int] | None = None
         """Log and number of the update that residual and momentum belong to."""
         self._quantum_bits = quantum_bits
@@ -39,6 +46,10 @@ class LedgerExchange:
         """Return q · integers."""
         return self.ledger.floats(self._quantum_bits)
 
+    def integers(self) -> Tensor:
+        """Return the ledger's tensor itself."""
+        return self.ledger.model
+
     def start(self) -> Tensor:
         """Return q · integers + drift."""
         return self.model() if self.drift is None else self.model().add_(self.drift)
@@ -47,16 +58,48 @@ class LedgerExchange:
         """Return the payload of the residual after this turn; the ledger does not change."""
         if self.drift is not None:
             delta_D = self.drift + delta_D
-        encoded = self.feedback.publish(delta_D, weight, turn=turn, key=key)
+        codec = self.rules.codec(turn, self.peer)
+        encoded = self.feedback.publish(delta_D, weight, turn=turn, key=key, codec=codec)
+        part = self.rules.fragment(turn)
         self._pending_drift = None
-        if len(self.rules.fragments) > 1:
+        if part.size < self.rules.size:
             self._pending_drift = delta_D.clone()
-            self._pending_drift[self.rules.fragment(turn).range] = 0
+            self._pending_drift[part.range] = 0
         return encoded.payload
+
+    def publish_steps(self, steps: Steps, weight: float, *, turn: int, key: int) -> bytes:
+        """Return the payload of these steps, made smaller until they keep the rules of the run.
+
+        Nothing is kept of what rounding changes: its mean is zero. What was learnt here before and
+        is in no update yet waits for a turn of another kind.
+        """
+        codec = self.rules.codec(turn, self.peer)
+        assert isinstance(codec, Directed)
+        self._pending_drift = self.drift
+        scaled_S = steps.sizes * (weight * 2.0**self._quantum_bits)
+        for _ in range(SHRINKS):
+            encoded = codec.say(self.ledger.size, steps.directions, scaled_S, key=key)
+            try:
+                self.rules.judge_values(encoded.decoded)
+            except RuleError:
+                scaled_S = scaled_S * 0.7
+            else:
+                return encoded.payload
+        raise RuleError("the update cannot be made small enough for exchange.clip; raise it")
 
     def carry(self, delta_D: Tensor) -> None:
         """Add to the drift; it lives on from turn to turn until its fragment is published."""
         self.drift = delta_D if self.drift is None else self.drift + delta_D
+
+    def keep(self, brought: Tensor | Steps, codec: Codec) -> None:
+        """Go on from what a turn brought as if nobody else were there: the model is ours alone."""
+        if isinstance(brought, Tensor):
+            self.carry(brought)
+            return
+        assert isinstance(codec, Directed)
+        keys = [codec.key(direction) for direction in brought.directions.tolist()]
+        quanta_S = (brought.sizes.nan_to_num() * 2.0**self._quantum_bits).round().to(torch.int64)
+        perturbation.accumulate(self.ledger.model, keys, quanta_S)
 
     def commit(self, log: int, number: int) -> None:
         """Let residual, momentum and drift belong to this update."""
@@ -116,7 +159,12 @@ class LedgerExchange:
         device: torch.device = self.ledger.model.device
         try:
             decoded = self.rules.judge(
-                update.turn, update.kind, update.size, update.payload, device
+                update.turn,
+                update.kind,
+                update.size,
+                update.payload,
+                device,
+                author=update.key[0],
             )
         except RuleError as error:
             return Outcome(update.key, (0, 0), str(error))

@@ -1,0 +1,47 @@
+"""How an author learns without gradients: two losses tell the slope along a direction.
+
+    ρ = (loss(θ + ε·z) - loss(θ - ε·z)) / 2ε;   θ ← θ - lr·ρ·z
+
+SPSA (Spall 1992) as MeZO walks it (Malladi et al. 2023, arXiv 2305.17333). What is published are
+the steps -lr·ρ, weighted, as one integer each; the walk itself is forgotten when the turn ends.
+"""
+
+import math
+from dataclasses import dataclass
+
+from shoal.compression.settings import SettingError
+
+
+@dataclass(frozen=True, slots=True)
+class WalkSettings:
+    """The author's side of `exchange.update` for kinds that step along directions."""
+
+    lr: float = 1e-3
+    """How far a step goes for a slope of 1."""
+    epsilon: float = 1e-3
+    """ε: how far from the model losses are measured."""
+    reach: float = 4.0
+    """The slope that the largest step on the wire stands for; steeper ones are cut."""
+    walk: bool = True
+    """Each slope is measured where the steps before it led (MeZO); false: all where the turn began
+    (n-SPSA)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for key in ("lr", "epsilon", "reach"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key} = {getattr(self, key)} must be above 0")
+
+    def exponent(self, quantum_bits: int, peers: int) -> int:
+        """Return e such that 127 · 2^e quanta are a peer's step for a slope of `reach`.
+
+        Raises SettingError when a step is too small for the ledger.
+        """
+        quanta = self.lr * self.reach / peers * 2.0**quantum_bits
+        if quanta < 1:
+            bits = quantum_bits + math.ceil(-math.log2(quanta))
+            raise SettingError(
+                f"lr = {self.lr}: a step of {peers} peers is below the ledger's unit; set "
+                f"exchange.quantum_bits to {bits} or more (24 holds weights below 128, 28 below 8)"
+            )
+        return max(0, math.ceil(math.log2(quanta / 127)))
