@@ -128,6 +128,7 @@ class Duties:
         made = Setup(
             run=spec,
             peer=setup.peer,
+            run_id=setup.run_id,
             data=setup.data or None,
             base=setup.base or None,
             shard=setup.shard,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from shoal.gossip.limits import Limits
 from shoal.node import admission, genesis, home, identity, pipe
 from shoal.node.addresses import PORT, Address, parse_bare, parse_join, parse_listen
@@ -54,11 +56,12 @@ class Place:
 
     def setup(self) -> pipe.Setup:
         """Return what the worker trains here."""
-        return setup(self.genesis.run_file, self.config, self.identity, self.home)
+        made = setup(self.genesis.run_file, self.config, self.identity, self.home)
+        return msgspec.structs.replace(made, run_id=self.genesis.run_id)
 
 
 def setup(run_file: RunFile, config: NodeConfig, who: Identity, where: Home) -> pipe.Setup:
-    """Return what a worker needs to build a run."""
+    """Return what a worker needs to build a run that has no id yet."""
     return pipe.Setup(
         run=run_file.tables(),
         peer=who.peer,

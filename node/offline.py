@@ -83,6 +83,7 @@ def make_trainer(
         spec = RunSpec.parse(json.loads(genesis.tables), allow_task=allowed)
         setup = Setup(
             run=spec,
+            run_id=genesis.run_id,
             device=device,
             threads=threads,
             data=data or None,

@@ -40,6 +40,8 @@ class Setup(msgspec.Struct, frozen=True):
     run: dict[str, Any]
     """The five tables."""
     peer: bytes
+    run_id: bytes = bytes(32)
+    """Where the seeds of shared directions come from; a run that is being founded has none yet."""
     data: str = ""
     base: str = ""
     shard: tuple[int, int] | None = None

@@ -117,6 +117,8 @@ class _Workers:
         self._spec, self._peers, self._allow = spec, peers, allow
         self._data, self._base = data, base
         self._initial: bytes | None = None
+        self.run_id = bytes(32)
+        """Of the run, once it is founded."""
         self.founding: Founding | None = None
 
     def __call__(self, simulator: Simulator, index: int) -> SimWorker:
@@ -130,6 +132,7 @@ class _Workers:
         setup = Setup(
             run=self._spec,
             peer=peer,
+            run_id=self.run_id,
             data=self._data,
             base=self._base,
             shard=(index, self._peers),
@@ -167,8 +170,9 @@ def rehearse(
         raise ConfigError(
             "turn_seconds follows the clock, which a simulation has not: set local.steps instead"
         )
+    workers.run_id = digest(canonical(founding.run))
     run = Run(
-        RunId(digest(canonical(founding.run))),
+        RunId(workers.run_id),
         turns=spec.run.turns,
         min_peers=spec.swarm.min_peers,
         participation=spec.exchange.participation,

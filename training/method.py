@@ -43,6 +43,9 @@ class Tools:
 class Method(Protocol):
     """Local steps of one kind."""
 
+    remedy: str
+    """What an operator may change when turn after turn goes wrong."""
+
     def learn(
         self, exchange: Exchange, codec: Codec, *, turn: int, steps: int, seed: int
     ) -> Lesson:

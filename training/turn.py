@@ -87,7 +87,7 @@ class Learner:
                 problem = str(error)
         if problem is not None:
             plan.method.forget()
-        self._count(problem)
+        self._count(problem, plan.method.remedy)
         return Turned(
             kind=plan.kind,
             payload=payload,
@@ -99,12 +99,11 @@ class Learner:
             skipped=lesson.skipped,
         )
 
-    def _count(self, problem: str | None) -> None:
+    def _count(self, problem: str | None, remedy: str) -> None:
         self._drops = self._drops + 1 if problem else 0
         if self._drops >= DROPS:
             raise TrainingError(
-                f"{DROPS} turns in a row were dropped, the last because {problem}; "
-                "lower the learning rate"
+                f"{DROPS} turns in a row were dropped, the last because {problem}; {remedy}"
             )
 
 

@@ -17,6 +17,8 @@ from shoal.training.optimizer import Inner
 class Gradient:
     """First-order training; the inner optimizer's state lives from turn to turn."""
 
+    remedy = "lower local.optimizer.lr"
+
     def __init__(self, tools: Tools, inner: Inner) -> None:
         self.inner = inner
         self._tools = tools
