@@ -15,6 +15,7 @@ D: parameters, K: keys, G: keys taken at once, W: words of 64 signs.
 
 import hashlib
 import importlib
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,6 +38,8 @@ _SLAB = 1 << 18
 """Signs that torch makes at a time on the CPU: what a core's cache holds …"""
 _SLAB_CUDA = 1 << 22
 """… and elsewhere: enough for every multiprocessor."""
+_PART = 1 << 22
+"""Elements that are rounded to integers at a time."""
 _HIGH = -(2**31)
 
 
@@ -111,6 +114,26 @@ def project(x_D: Tensor, keys: Integers, *, start: int = 0) -> Tensor:
         minus_GD = minus_GD.bitwise_and_(part_D)  # Σ x·z = Σ x - 2 Σ x·bit
         found_K[some] += part_D.sum(dtype=torch.int64) - 2 * minus_GD.sum(1, dtype=torch.int64)
     return found_K
+
+
+def along(x_D: Tensor, keys: Integers, *, start: int = 0) -> Tensor:
+    """Return Σ_i x_i · z_i(key_k) of float32 for every key, float64[K] on the CPU.
+
+    The same on every device and in any number of threads: elements are rounded to integers of up to
+    30 bits, times a power of two that the largest decides, of which sums are exact. One pass over x
+    for all seeds, without a copy of it. Raise ValueError for NaN and infinity.
+    """
+    total_K = torch.zeros(len(keys), dtype=torch.int64)
+    low, high = torch.aminmax(x_D)  # NaN wins both
+    largest = max(-float(low), float(high))
+    if not math.isfinite(largest):
+        raise ValueError("cannot encode a vector with NaN or infinite elements")
+    # What is below 2⁻²⁴ of a unit says nothing.
+    exponent = min(30 - math.frexp(largest)[1], 24)
+    for begin in range(0, len(x_D), _PART):
+        part_D = (x_D[begin : begin + _PART] * 2.0**exponent).round_().to(torch.int32)
+        total_K += project(part_D, keys, start=start + begin).cpu()
+    return total_K.to(torch.float64) * 2.0**-exponent
 
 
 def perturb(x_D: Tensor, key: int, scale: float, *, start: int = 0) -> None:
