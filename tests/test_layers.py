@@ -18,7 +18,7 @@ ALLOWED = {
 THIRD_PARTY = {
     "gossip": set[str](),
     "compression": {"torch", "numpy", "numba", "llvmlite", "constriction", "zstandard"},
-    "training": {"torch", "numpy", "sklearn", "safetensors"},
+    "training": {"torch", "numpy", "sklearn", "safetensors", "transformers", "peft"},
     "proto": {"google", "grpc", "grpc_tools", "collections", "typing"},
 }
 TRUNK_ONLY = {"asyncio", "time", "grpc", "socket", "threading", "subprocess"}
