@@ -34,6 +34,7 @@ _WORDS: Mapping[type, str] = {
     str: "a text in quotes",
     bool: "true or false",
     dict: "a table: { name = value, … }",
+    list: "a list: [ … ]",
 }
 Options = dict[str, Any]
 """The plain table of a part's options; the worker gives it its types."""
@@ -341,7 +342,8 @@ def _build(cls: type[_Table], table: object, path: str) -> _Table:
 def _convert(value: object, kind: Any, path: str) -> object:
     if is_dataclass(kind):
         return _build(cast("type[Any]", kind), value, path)
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = tuple(get_origin(each) or each for each in kinds)
     if kinds == (tuple,):
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             return tuple(value)
