@@ -1,9 +1,11 @@
 """Names and shapes of a model's trainable parameters ↔ one flat float32 vector.
 
 The vector holds the parameters sorted by the UTF-8 bytes of their names, each row-major; a tied
-parameter stands once, under its first name. Frozen parameters and buffers are not in it.
+parameter stands once, under its first name. Frozen parameters and buffers are not in it; that peers
+hold the same frozen ones is seen from a digest in the layout's hash.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -24,6 +26,8 @@ class Layout:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
+    fixed: bytes = b""
+    """Digest of what is not trained but must be equal everywhere; empty: there is nothing."""
 
     @property
     def sizes(self) -> list[int]:
@@ -36,10 +40,11 @@ class Layout:
         return sum(self.sizes)
 
     def hash(self) -> bytes:
-        """Return the BLAKE2b-256 of the canonical JSON of names, shapes and types."""
+        """Return the BLAKE2b-256 of the canonical JSON of names, shapes and types, and `fixed`."""
         rows = [list(row) for row in zip(self.names, self.shapes, self.dtypes, strict=True)]
         text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
-        return blake2b(text.encode(), digest_size=32).digest()
+        rest = b"\0" + self.fixed if self.fixed else b""  # JSON holds no zero byte
+        return blake2b(text.encode() + rest, digest_size=32).digest()
 
     def fragments(self, count: int) -> list[range]:
         """Return at most `count` contiguous ranges of whole parameters, as equal as they come.
@@ -63,18 +68,27 @@ class Layout:
 
 
 class Parameters:
-    """A model's trainable parameters seen as one vector."""
+    """A model's trainable parameters seen as one vector.
 
-    def __init__(self, model: nn.Module) -> None:
+    `fixed` says what else must be equal on all peers, beside frozen parameters (a tokenizer).
+    """
+
+    def __init__(self, model: nn.Module, fixed: bytes = b"") -> None:
         self.named = dict(_trainable(model))
         if not self.named:
             raise SettingError("the model has no trainable parameters; nothing can be learnt")
-        self.layout = Layout(
+        self._model, self._fixed = model, fixed
+        self._sizes = [p.numel() for p in self.named.values()]
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Return where each parameter lies; reads all frozen parameters once."""
+        return Layout(
             tuple(self.named),
             tuple(tuple(p.shape) for p in self.named.values()),
             tuple(str(p.dtype).removeprefix("torch.") for p in self.named.values()),
+            _digest(self._model, self._fixed),
         )
-        self._sizes = self.layout.sizes
 
     @torch.no_grad()
     def read(self) -> Tensor:
@@ -95,11 +109,15 @@ class Parameters:
 
 
 def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the floating-point buffers, to see later which ones training changes."""
+    """Return copies of the floating-point buffers, to see later which ones training changes.
+
+    Those that the model itself does not save are no part of it: rotary frequencies, for one.
+    """
+    kept = model.state_dict().keys()
     return {
         name: buffer.detach().clone()
         for name, buffer in model.named_buffers()
-        if buffer.is_floating_point()
+        if buffer.is_floating_point() and name in kept
     }
 
 
@@ -128,11 +146,32 @@ def buffers_refused(changed: list[str]) -> str:
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, p in _sorted(model):
+        if p.requires_grad:
+            if not p.is_floating_point():
+                raise SettingError(f"parameter {name} has type {p.dtype}; only real floats train")
+            yield name, p
+
+
+def _sorted(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every parameter once, under the first of its names."""
     seen: set[int] = set()
     every = model.named_parameters(remove_duplicate=False)
     for name, p in sorted(every, key=lambda item: item[0].encode()):
-        if p.requires_grad and id(p) not in seen:
-            if not p.is_floating_point():
-                raise SettingError(f"parameter {name} has type {p.dtype}; only real floats train")
+        if id(p) not in seen:
             seen.add(id(p))
             yield name, p
+
+
+def _digest(model: nn.Module, fixed: bytes) -> bytes:
+    """Return the BLAKE2b-256 of `fixed` and all frozen parameters; empty when there are none."""
+    frozen = [(name, p) for name, p in _sorted(model) if not p.requires_grad]
+    if not frozen and not fixed:
+        return b""
+    whole = blake2b(len(fixed).to_bytes(8, "little") + fixed, digest_size=32)
+    for name, p in frozen:
+        # What goes before the bytes says how many they are, so that no two models read alike.
+        head = json.dumps([name, list(p.shape), str(p.dtype).removeprefix("torch.")])
+        whole.update(head.encode() + b"\0")
+        whole.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return whole.digest()

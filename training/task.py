@@ -51,8 +51,9 @@ class Task(Protocol):
     Optional members: `evaluate(model, *, thorough) -> float`, the measure on held-out data (called
     before every few turns, so be quick unless `thorough`);
     `unit: str`, what the measure is in, for people;
-    `matrices(model) -> Iterable[str]`, the parameters that Muon takes; `sample(model, prompt,
-    length, generator) -> str`.
+    `matrices(model) -> Iterable[str]`, the parameters that Muon takes; `fixed() -> bytes`, what
+    must be equal on all peers beside options and parameters (a tokenizer's digest), asked after
+    `model()`; `sample(model, prompt, length, generator) -> str`.
     """
 
     def model(self) -> nn.Module:
@@ -130,6 +131,12 @@ def make_model(made: Task, name: str, seed: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SettingError(f"task {name!r}: model() returned {type(model).__name__}, not nn.Module")
     return model
+
+
+def fixed(made: Task) -> bytes:
+    """Return what the task says must be equal on all peers; empty if it says nothing."""
+    stated: Callable[[], bytes] = getattr(made, "fixed", bytes)
+    return stated()
 
 
 def _import(path: str) -> Factory:

@@ -1,6 +1,7 @@
 """A model as one vector: order, ties, what is left out, fragments, and the Merkle tree over it."""
 
 import math
+from hashlib import blake2b
 
 import pytest
 import torch
@@ -41,7 +42,37 @@ def test_the_layout_hash_tells_names_shapes_and_types_apart() -> None:
         Layout(("a",), ((2, 3),), ("bfloat16",)).hash(),
     }
     assert len(hashes) == 4
-    assert Parameters(Tied()).layout.hash() == Parameters(Tied()).layout.hash()
+
+
+def tied() -> Tied:
+    torch.manual_seed(3)
+    return Tied()
+
+
+def test_the_layout_hash_tells_other_frozen_parameters_apart() -> None:
+    """They are in no ledger, so only the hash shows that a peer holds another base model."""
+    mine = Parameters(tied()).layout
+    assert mine.hash() == Parameters(tied()).layout.hash()
+    trained = tied()
+    nn.init.zeros_(trained.head.weight)  # is in the ledger
+    assert Parameters(trained).layout.hash() == mine.hash()
+    changed = tied()
+    changed.frozen.bias.data[1] += 2.0**-20
+    renamed = tied()
+    renamed.cold, renamed.frozen = renamed.frozen, nn.Identity()  # type: ignore[assignment]
+    reshaped = tied()
+    reshaped.frozen.bias.data = reshaped.frozen.bias.data[None]
+    others = [Parameters(model).layout.hash() for model in (changed, renamed, reshaped)]
+    assert len({mine.hash(), *others}) == 4
+    fixed = {Parameters(tied(), fixed).layout.hash() for fixed in (b"", b"a", b"b")}
+    assert mine.hash() in fixed
+    assert len(fixed) == 3
+
+
+def test_a_layout_without_frozen_parameters_has_the_hash_it_always_had() -> None:
+    layout = Parameters(nn.Linear(2, 3)).layout
+    text = b'[["bias",[3],"float32"],["weight",[3,2],"float32"]]'
+    assert layout.hash() == blake2b(text, digest_size=32).digest()
 
 
 def test_fragments_are_whole_parameters_that_cover_everything_once() -> None:
@@ -80,6 +111,21 @@ def test_buffers_that_change_are_found() -> None:
     assert not parameters.changed_buffers(model, before)
     model(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
     assert parameters.changed_buffers(model, before) == ["1.running_mean", "1.running_var"]
+
+
+def test_buffers_that_the_model_does_not_save_are_no_part_of_it() -> None:
+    """Rotary embeddings keep frequencies in such buffers, and some change them as they go."""
+
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("frequencies", torch.ones(4), persistent=False)
+
+    model = nn.Sequential(Rotary())
+    before = parameters.floating_buffers(model)
+    model[0].frequencies += 1
+    assert not parameters.changed_buffers(model, before)
+    parameters.restore_buffers(model, before)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 101, 299, 300, 301, 999, 1600])
