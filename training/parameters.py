@@ -173,5 +173,5 @@ def _digest(model: nn.Module, fixed: bytes) -> bytes:
         # What goes before the bytes says how many they are, so that no two models read alike.
         head = json.dumps([name, list(p.shape), str(p.dtype).removeprefix("torch.")])
         whole.update(head.encode() + b"\0")
-        whole.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.digest()
