@@ -86,6 +86,42 @@ def powersgd() -> Tables:
     return _update(kind="lowrank", rank=4, decay=1.0)
 
 
+def mezo() -> Tables:
+    """MeZO (Malladi et al. 2023, arXiv 2305.17333): two losses a step, along the author's own z.
+
+    A turn walks 16 steps; its update is the 16 slopes, a byte each.
+    """
+    return _update(kind="scalar", directions="own", perturbations=16)
+
+
+def one_byte() -> Tables:
+    """ "Just One Byte" (Zelikman et al. 2023, arXiv 2306.10015): a byte a perturbation, n-SPSA.
+
+    Along directions that all peers have in common, so that a turn rule may judge the bytes.
+    """
+    return _update(kind="scalar", directions="common", perturbations=16, walk=False)
+
+
+def fedkseed() -> Tables:
+    """FedKSeed (Qin et al. 2023, arXiv 2312.06353): 200 steps a turn along 4096 seeds in all."""
+    return _update(kind="scalar", directions="pool", pool=4096, perturbations=200)
+
+
+def fedkseed_pro() -> Tables:
+    """FedKSeed-Pro: seeds whose slopes were steep are drawn more often."""
+    return _update(kind="scalar", directions="pool", pool=4096, perturbations=200, sampling="pro")
+
+
+def ferret() -> Tables:
+    """Ferret (Shu et al. 2024, arXiv 2409.06277): gradients, projected on 1024 seeds."""
+    return _update(kind="projection", coefficients=1024)
+
+
+def subspace() -> Tables:
+    """Random subspaces (Li et al. 2018, arXiv 1804.08838): 1000 coordinates are all that moves."""
+    return _update(kind="subspace", dimension=1000)
+
+
 def ef21() -> Tables:
     """EF21 (Richtárik et al. 2021, arXiv 2106.05203): differences to a shared estimate."""
     return _control("ef21")
@@ -124,6 +160,12 @@ PRESETS: dict[str, Callable[[], Tables]] = {
     "one-bit-adam": one_bit_adam,
     "qsgd": qsgd,
     "powersgd": powersgd,
+    "mezo": mezo,
+    "one-byte": one_byte,
+    "fedkseed": fedkseed,
+    "fedkseed-pro": fedkseed_pro,
+    "ferret": ferret,
+    "subspace": subspace,
     "ef21": ef21,
     "econtrol": econtrol,
     "scallion": scallion,
@@ -139,6 +181,12 @@ LEDGER = (
     "one-bit-adam",
     "qsgd",
     "powersgd",
+    "mezo",
+    "one-byte",
+    "fedkseed",
+    "fedkseed-pro",
+    "ferret",
+    "subspace",
 )
 """Those that a run with mode = "ledger" may use; the others enter with mixing."""
 

@@ -6,14 +6,14 @@ is what the genesis stores.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from shoal.compression import codec
 from shoal.compression.settings import SettingError, build, fill, unknown
 from shoal.training import control, optimizer, presets, rules, schedule, tables, task
 from shoal.training.feedback import FeedbackSettings
-from shoal.training.walk import WalkSettings
+from shoal.training.walk import RATE, WalkSettings
 
 T = TypeVar("T")
 TABLES = ("run", "task", "local", "exchange", "swarm")
@@ -42,6 +42,16 @@ class Plane:
     """How it comes about: from a vector with a residual, or from steps along directions."""
     every: int = 1
     """It has every so manyth turn, but for those of the planes before it."""
+
+    def sized(self, parameters: int, quantum_bits: int, peers: int) -> "Plane":
+        """Return the plane with a learning rate for a model of this size, if it has none."""
+        if not isinstance(self.author, WalkSettings) or self.author.lr:
+            return self
+        author = replace(self.author, lr=RATE / parameters)
+        options = {**self.update.options, "exponent": author.exponent(quantum_bits, peers)}
+        name = self.update.name
+        options = codec.filled(name, options, where="exchange.update")
+        return replace(self, update=Part(name, options), author=author)
 
     def filled(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -72,6 +82,11 @@ class RunSpec:
             return _parse(given, allow_task)
         except SettingError as error:
             raise RunError(str(error)) from error
+
+    def sized(self, parameters: int) -> "RunSpec":
+        """Return the spec with what follows from the model's size; raises SettingError."""
+        bits, peers = self.exchange.quantum_bits, self.swarm.min_peers
+        return replace(self, planes=tuple(p.sized(parameters, bits, peers) for p in self.planes))
 
     def filled(self) -> dict[str, dict[str, Any]]:
         """Return the five tables as plain data with every default filled in."""
@@ -209,9 +224,11 @@ def _plane(given: Any, exchange: tables.Exchange, peers: int, where: str, *, las
             raise SettingError(
                 f"kind = {name!r} steps along directions of the whole model: leave fragments out"
             )
-        if "exponent" not in given:
+        if made.lr and "exponent" not in given:
             options["exponent"] = made.exponent(exchange.quantum_bits, peers)
             options = codec.filled(name, options, where=where)
+        if not made.lr and "exponent" in given:
+            raise SettingError(f"{where}.exponent belongs to a rate: give lr as well")
     return Plane(Part(name, options), made, every)
 
 

@@ -120,6 +120,7 @@ class Trainer:
         self._parameters = Parameters(self._model, task.fixed(self._task))
         self._model.to(device)
         self._parameters = Parameters(self._model, task.fixed(self._task))
+        spec = self._spec = spec.sized(self.parameters)
         integers_D = self._initial(initial)
         self._initial_squares = codec.sum_of_squares(integers_D)
         self.exchange = self._exchange(integers_D.to(device))

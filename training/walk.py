@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 from shoal.compression.settings import SettingError
 
+RATE = 100.0
+"""The default `lr` times parameters: a step's length² grows with their number, what it gains does
+not (MeZO's 1e-7 … 1e-6 for models of 10⁹; .02 for a perceptron of 5000)."""
+
 
 @dataclass(frozen=True, slots=True)
 class WalkSettings:
     """The author's side of `exchange.update` for kinds that step along directions."""
 
-    lr: float = 1e-3
-    """How far a step goes for a slope of 1."""
+    lr: float = 0.0
+    """How far a step goes for a slope of 1; 0: `RATE` / the number of parameters."""
     epsilon: float = 1e-3
     """ε: how far from the model losses are measured."""
     reach: float = 4.0
@@ -28,7 +32,9 @@ class WalkSettings:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        for key in ("lr", "epsilon", "reach"):
+        if not 0 <= self.lr < math.inf:
+            raise ValueError(f"lr = {self.lr}; use 0 (by the model's size) or more")
+        for key in ("epsilon", "reach"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key} = {getattr(self, key)} must be above 0")
 
