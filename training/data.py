@@ -6,14 +6,16 @@ whatever else it has, and shards cover everything once.
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
 from shoal.compression.settings import SettingError
 from shoal.training.task import Place
 
+T = TypeVar("T")
 BLOCK = 4096
 HELD_OUT = 20
 """One block in so many is held out: 5 %."""
@@ -33,35 +35,55 @@ class Blocks:
 
 def load(place: Place) -> Blocks:
     """Return the blocks of `place.data`, or of this Python's own library when it is None."""
-    train: list[bytes] = []
-    held_out: dict[int, bytes] = {}
+    blocks = ((block, block) for _, content in texts(place.data) for block in cut(content))
+    return Blocks(*divide(blocks, place))
+
+
+def texts(data: str | None) -> Iterator[tuple[Path, bytes]]:
+    """Yield the files of text that `--data` names, and what is in them."""
     total = 0
-    for path in files(place.data):
+    for path in files(data):
         content = _read(path)
         if b"\0" in content[:BLOCK]:
             continue  # not text
         total += len(content)
         if total > MOST:
-            raise SettingError(f"--data {place.data} holds more than 4 GiB; give each peer a part")
-        for start in range(0, len(content), BLOCK):
-            block = content[start : start + BLOCK]
-            if is_held_out(block, place.seed):
-                held_out[_hash(block, b"held-out", place.seed)] = block
-            elif is_mine(block, place):
-                train.append(block)
+            raise SettingError(f"--data {data} holds more than 4 GiB; give each peer a part")
+        yield path, content
     if not total:
-        raise SettingError(f"--data {place.data} holds no text")
+        raise SettingError(f"--data {data} holds no text")
+
+
+def cut(content: bytes, size: int = BLOCK) -> Iterator[bytes]:
+    """Yield the blocks of one text, from its start."""
+    return (content[start : start + size] for start in range(0, len(content), size))
+
+
+def divide(
+    items: Iterable[tuple[bytes, T]], place: Place, *, one_in: int = HELD_OUT
+) -> tuple[list[T], list[T]]:
+    """Return this peer's share of `items`, each with its content, and those that are held out.
+
+    One item in `one_in` is held out: sorted by hash, the same content once.
+    """
+    train: list[T] = []
+    held_out: dict[int, T] = {}
+    for content, item in items:
+        if is_held_out(content, place.seed, one_in):
+            held_out[_hash(content, b"held-out", place.seed)] = item
+        elif is_mine(content, place):
+            train.append(item)
     if not train:
         raise SettingError(
             f"this peer's shard of {place.data or 'the built-in corpus'} is empty; "
             "give it more --data or a smaller --shard i/N"
         )
-    return Blocks(train, [held_out[key] for key in sorted(held_out)])
+    return train, [held_out[key] for key in sorted(held_out)]
 
 
-def is_held_out(block: bytes, seed: int) -> bool:
+def is_held_out(block: bytes, seed: int, one_in: int = HELD_OUT) -> bool:
     """Say whether nobody trains on this block."""
-    return _hash(block, b"held-out", seed) % HELD_OUT == 0
+    return _hash(block, b"held-out", seed) % one_in == 0
 
 
 def is_mine(block: bytes, place: Place) -> bool:
