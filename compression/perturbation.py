@@ -119,21 +119,29 @@ def project(x_D: Tensor, keys: Integers, *, start: int = 0) -> Tensor:
 def along(x_D: Tensor, keys: Integers, *, start: int = 0) -> Tensor:
     """Return Σ_i x_i · z_i(key_k) of float32 for every key, float64[K] on the CPU.
 
-    The same on every device and in any number of threads: elements are rounded to integers of up to
-    30 bits, times a power of two that the largest decides, of which sums are exact. One pass over x
-    for all seeds, without a copy of it. Raise ValueError for NaN and infinity.
+    The same on every device and in any number of threads, since sums of integers are exact
+    (`exponent`, `whole`). One pass over x for all seeds, without a copy of it.
     """
     total_K = torch.zeros(len(keys), dtype=torch.int64)
+    power = exponent(x_D)
+    for begin in range(0, len(x_D), _PART):
+        part_D = whole(x_D[begin : begin + _PART], power)
+        total_K += project(part_D, keys, start=start + begin).cpu()
+    return total_K.to(torch.float64) * 2.0**-power
+
+
+def exponent(x_D: Tensor) -> int:
+    """Return e, at most 24, such that |x| · 2^e < 2³⁰; refuse NaN and infinity by ValueError."""
     low, high = torch.aminmax(x_D)  # NaN wins both
     largest = max(-float(low), float(high))
     if not math.isfinite(largest):
         raise ValueError("cannot encode a vector with NaN or infinite elements")
-    # What is below 2⁻²⁴ of a unit says nothing.
-    exponent = min(30 - math.frexp(largest)[1], 24)
-    for begin in range(0, len(x_D), _PART):
-        part_D = (x_D[begin : begin + _PART] * 2.0**exponent).round_().to(torch.int32)
-        total_K += project(part_D, keys, start=start + begin).cpu()
-    return total_K.to(torch.float64) * 2.0**-exponent
+    return min(30 - math.frexp(largest)[1], 24)
+
+
+def whole(x_D: Tensor, exponent: int) -> Tensor:
+    """Return the integers nearest to x · 2^exponent, int32."""
+    return (x_D * 2.0**exponent).round_().to(torch.int32)
 
 
 def perturb(x_D: Tensor, key: int, scale: float, *, start: int = 0) -> None:
