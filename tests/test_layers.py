@@ -15,10 +15,11 @@ ALLOWED = {
     "proto": {"proto"},
     "node": set(FOLDERS),
 }
+HUGGING_FACE = {"transformers", "peft", "huggingface_hub"}
 THIRD_PARTY = {
     "gossip": set[str](),
     "compression": {"torch", "numpy", "numba", "llvmlite", "constriction", "zstandard"},
-    "training": {"torch", "numpy", "sklearn", "safetensors", "transformers", "peft"},
+    "training": {"torch", "numpy", "sklearn", "safetensors", *HUGGING_FACE},
     "proto": {"google", "grpc", "grpc_tools", "collections", "typing"},
 }
 TRUNK_ONLY = {"asyncio", "time", "grpc", "socket", "threading", "subprocess"}
