@@ -10,8 +10,10 @@ takes the part where it lies. Block ℓ has K_ℓ of the K coefficients, in prop
 
 which leaves the least expected square: 1 - δ of that of x_ℓ, δ = K_ℓ / (d_ℓ + K_ℓ - 1), where the
 unbiased c = ⟨x, z⟩ / K would leave (d - 1) / K of it and more than x itself. So a vector arrives
-after about d/K turns, and what is left waits in the residual. Coefficients are rounded to the
-nearest of 255 levels: rounding by chance would add to the residual what the next turn must send.
+after about d/K turns, and what is left waits in the residual, which is not to decay: fed the same
+vector every turn (d = 4096), decay .95 let through 56, 23 and 7 % of it for K = 256, 64 and 16, in
+a direction no truer (cosine .89, .86, .83; without decay all of it, .87). Coefficients are rounded
+to the nearest of 255 levels: rounding by chance would add to the residual.
 
 Payload: K_ℓ of every block in as few bits as hold the largest that is possible, the exponents e of
 the blocks in 5 bits each, both LSB-first and padded with zeros to a byte; then q as int8, block by
