@@ -33,7 +33,8 @@ class Outcome:
 
     key: tuple[bytes, int, int]
     delta: Lanes
-    """By how much it changed the fingerprint: a function of its bytes alone."""
+    """By how much it changed the fingerprint: a function of its bytes alone. Under a turn rule they
+    are changes of turns instead, and only their sum means something."""
     refused: str | None
     """The rule it breaks; then it contributes zero, here as everywhere."""
 

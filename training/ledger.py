@@ -1,10 +1,11 @@
 """The model as an exact integer sum: initial + Σ contributions mod 2³², in units of q (design 3.1).
 
 Addition commutes and wraps, so any order of the same updates gives the same tensor and the same
-fingerprint on every device.
+fingerprint on every device. Under a turn rule it is the contributions of turns that are added, each
+a function of the set of its updates; what changes when one comes or goes is a difference of two.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,39 @@ import torch
 from torch import Tensor
 
 from shoal.compression import parallel
-from shoal.compression.codec import Contribution, Decoded, sum_of_squares, written
-from shoal.training import fingerprint
+from shoal.compression.codec import (
+    Combination,
+    Contribution,
+    Decoded,
+    sum_of_squares,
+    written,
+)
+from shoal.training import contribution, fingerprint
 from shoal.training.fingerprint import CHUNK, Fingerprint, Lanes
-from shoal.training.rules import TurnRule
+from shoal.training.turn_rule import TurnRule
 
 HALF = 1 << 30
 """Half the range of int32: values beyond it raise the divergence alarm."""
+SMALL = 1 << 12
+"""Bytes of an update that is kept as it is under a turn rule; larger ones are recalled."""
+TOTALS = 2
+"""Turns whose contribution is kept, those touched last: most updates are of these."""
+
+Key = tuple[bytes, int, int]
+"""Peer, log and number of an update."""
+Recall = Callable[[Key], Contribution]
+"""Decodes an update anew that was taken in before."""
 
 
 class Ledger:
     """The integers, their running fingerprint, and the updates of turns that must be kept."""
 
-    def __init__(self, initial_D: Tensor, rule: TurnRule) -> None:
+    def __init__(self, initial_D: Tensor, rule: TurnRule, recall: Recall | None = None) -> None:
+        """Start from a model without updates. Without `recall` large updates are kept as well."""
         self.model = initial_D.clone()
-        self._rule = rule
+        self.rule = rule
         self._lanes = Fingerprint(len(initial_D), initial_D.device)
-        self._turns: dict[int, dict[Hashable, Decoded]] = {}
+        self._turns = _Turns(rule, recall)
         self._running = self.recompute()
         self.out_of_range = _beyond(self.model)
         """How many values have left half the range."""
@@ -50,24 +67,35 @@ class Ledger:
         """Return the fingerprint of the tensor as it is now: a flipped bit in memory shows."""
         return self._lanes.of(self.model)
 
-    def add(self, key: Hashable, turn: int, update: Contribution) -> Lanes:
-        """Take in an update; return the fingerprint of what it contributed."""
-        members = {} if self._rule.alone else self._turns.setdefault(turn, {})
-        if key in members:
-            return 0, 0
-        update = written(update, self.model.device)
-        change = self._rule.joined(tuple(members.values()), update)
-        if not self._rule.alone:
-            members[key] = update
-        return self._change(change, 1)
+    def add(self, key: Key, turn: int, update: Contribution) -> Lanes:
+        """Take in an update; return the fingerprint of what it contributed.
 
-    def subtract(self, key: Hashable, turn: int, update: Contribution) -> Lanes:
+        Under a turn rule: by how much the model's fingerprint moved.
+        """
+        if self.rule.alone:
+            return self._change(written(update, self.model.device), 1)
+        return self.take_in(turn, {key: update})
+
+    def subtract(self, key: Key, turn: int, update: Contribution) -> Lanes:
         """Take an update out again; inverse of `add`."""
-        members = {} if self._rule.alone else self._turns.setdefault(turn, {})
-        if not self._rule.alone and members.pop(key, None) is None:
-            return 0, 0
-        update = written(update, self.model.device)
-        return self._change(self._rule.joined(tuple(members.values()), update), -1)
+        if self.rule.alone:
+            return self._change(written(update, self.model.device), -1)
+        return self.take_out(turn, [key])
+
+    def take_in(self, turn: int, updates: Mapping[Key, Contribution]) -> Lanes:
+        """Take in updates of one turn at once; those that are in already change nothing.
+
+        Return by how much the fingerprint moved. For runs with a turn rule.
+        """
+        return self._move_by(self._turns.take_in(turn, updates))
+
+    def take_out(self, turn: int, keys: Iterable[Key]) -> Lanes:
+        """Take updates of one turn out again; inverse of `take_in`."""
+        return self._move_by(self._turns.take_out(turn, keys))
+
+    def recalls(self, turn: int, key: Key) -> bool:
+        """Say whether this update is in and may have to be recalled."""
+        return self._turns.recalls(turn, key)
 
     def floats(self, quantum_bits: int) -> Tensor:
         """Return q · model as float32, rounded to nearest even: the same everywhere."""
@@ -78,15 +106,26 @@ class Ledger:
         return self.model.cpu().numpy().astype("<i4").tobytes()
 
     def restore(self, data: bytes) -> None:
-        """Set the integers; the fingerprint starts from them."""
+        """Set the integers; the fingerprint starts from them.
+
+        Under a turn rule they must be those of a model without updates: of a sum nobody can tell
+        what was in which turn.
+        """
         self.model.copy_(from_bytes(data, self.size))
-        self._turns.clear()
+        self._turns = self._turns.emptied()
         self._running = self.recompute()
         self.out_of_range = _beyond(self.model)
 
     def sum_of_squares(self) -> int:
         """Return Σ model² exactly."""
         return sum_of_squares(self.model)
+
+    def _move_by(self, change: Contribution | None) -> Lanes:
+        """Add what a turn's contribution changed by; return by how much the fingerprint moved."""
+        before = self._running
+        if change is not None:
+            self._change(written(change, self.model.device), 1)
+        return fingerprint.add(self._running, fingerprint.negate(before))
 
     def _change(self, update: Decoded, sign: int) -> Lanes:
         """Add or subtract in place; return the fingerprint of what was added."""
@@ -139,6 +178,92 @@ class Ledger:
         if sign < 0:  # as the fingerprint of the values, like the loop in torch
             delta = fingerprint.negate(delta)
         return delta, (sums[2] & fingerprint.MASK, sums[3] & fingerprint.MASK)
+
+
+class _Turns:
+    """Which updates are in, by turn, and what each turn contributes."""
+
+    def __init__(self, rule: TurnRule, recall: Recall | None) -> None:
+        self._rule = rule
+        self._recall = recall
+        self._members: dict[int, dict[Key, Contribution | None]] = {}
+        """None: to be recalled."""
+        self._totals: dict[int, Contribution | None] = {}
+        """Of the turns touched last, the latest at the end."""
+
+    def emptied(self) -> "_Turns":
+        """Return one that holds nothing."""
+        return _Turns(self._rule, self._recall)
+
+    def take_in(self, turn: int, updates: Mapping[Key, Contribution]) -> Contribution | None:
+        """Let updates be in; return by how much the turn's contribution changes."""
+        members = self._members.setdefault(turn, {})
+        news = {key: update for key, update in updates.items() if key not in members}
+        before = self._total(turn, news)
+        members.update(news)
+        return self._changed(turn, before, news)
+
+    def take_out(self, turn: int, keys: Iterable[Key]) -> Contribution | None:
+        """Let updates be in no longer; return by how much the turn's contribution changes."""
+        members = self._members.get(turn, {})
+        before = self._total(turn, {})
+        for key in keys:
+            members.pop(key, None)
+        return self._changed(turn, before, {})
+
+    def recalls(self, turn: int, key: Key) -> bool:
+        """Say whether this update is in and may have to be recalled."""
+        members = self._members.get(turn, {})
+        return key in members and members[key] is None
+
+    def _changed(
+        self, turn: int, before: Contribution | None, news: Mapping[Key, Contribution]
+    ) -> Contribution | None:
+        self._totals.pop(turn, None)
+        after = self._total(turn, news)
+        self._totals[turn] = after
+        if len(self._totals) > TOTALS:
+            del self._totals[next(iter(self._totals))]
+        members = self._members.get(turn, {})
+        if not members:
+            self._members.pop(turn, None)
+        for key, update in news.items():
+            if self._recall is not None and _bytes(update) > SMALL:
+                members[key] = None
+        return contribution.difference(after, before)
+
+    def _total(self, turn: int, news: Mapping[Key, Contribution]) -> Contribution | None:
+        """Return what the turn contributes; `news` need not be recalled."""
+        if turn in self._totals:
+            return self._totals[turn]
+        members = self._members.get(turn, {})
+        return self._rule.total([self._held(key, members, news) for key in _votes(members)])
+
+    def _held(
+        self,
+        key: Key,
+        members: Mapping[Key, Contribution | None],
+        news: Mapping[Key, Contribution],
+    ) -> Contribution:
+        update = news[key] if key in news else members[key]
+        if update is None:
+            assert self._recall is not None
+            return self._recall(key)
+        return update
+
+
+def _votes(keys: Iterable[Key]) -> list[Key]:
+    """Return of each peer's updates the one that counts: that of the smallest log and number."""
+    votes: dict[bytes, Key] = {}
+    for key in keys:
+        votes[key[0]] = min(key, votes.get(key[0], key))
+    return list(votes.values())
+
+
+def _bytes(update: Contribution) -> int:
+    if isinstance(update, Combination):
+        return update.keys.nbytes + update.coefficients.nbytes
+    return update.values.nbytes + (0 if update.indices is None else update.indices.nbytes)
 
 
 def from_bytes(data: bytes, size: int) -> Tensor:

@@ -4,19 +4,16 @@ An update that breaks a rule is *present with contribution zero* (design 3.3). A
 own updates with the same function before they publish.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 from math import lcm
-from typing import ClassVar, Protocol
 
 import torch
 
 from shoal.compression.codec import (
     Codec,
     Contribution,
-    Decoded,
     Origin,
     PayloadError,
     at,
@@ -152,31 +149,3 @@ class Rules:
                     turn // lcm(self.planes[number].every, *(plane.every for plane in some))
                 )
         return count
-
-
-class TurnRule(Protocol):
-    """How the updates of one turn become the turn's contribution (design 3.5).
-
-    The contribution of a turn must be a function of the *set* of its updates; `joined` says by how
-    much it changes when one more comes in, so leaving changes it by the negative.
-    """
-
-    alone: ClassVar[bool]
-    """An update contributes by itself: the others of its turn need not be kept."""
-
-    def joined(self, others: Sequence[Decoded], update: Decoded) -> Decoded:
-        """Return contribution(others and update) - contribution(others)."""
-        ...
-
-
-class Sum:
-    """Each update contributes by itself: the default."""
-
-    alone: ClassVar[bool] = True
-
-    def joined(self, others: Sequence[Decoded], update: Decoded) -> Decoded:
-        """Return the update."""
-        return update
-
-
-TURN_RULES: dict[str, type[TurnRule]] = {"sum": Sum}

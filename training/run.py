@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from shoal.compression import codec
 from shoal.compression.settings import SettingError, build, fill, unknown
-from shoal.training import control, optimizer, presets, rules, schedule, tables, task
+from shoal.training import control, optimizer, presets, schedule, tables, task, turn_rule
 from shoal.training.feedback import FeedbackSettings
 from shoal.training.walk import RATE, WalkSettings
 
@@ -122,13 +122,14 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
     swarm = _table(tables.Swarm, given, "swarm")
     if exchange.pace == "lockstep" and not local.steps:
         raise SettingError("exchange.pace = 'lockstep' needs a fixed local.steps")
-    if exchange.rule not in rules.TURN_RULES:
-        raise unknown("exchange.rule", exchange.rule, rules.TURN_RULES)
+    exchange = replace(exchange, rule=turn_rule.filled(exchange.rule))
     inner, curve = _optimizer(local.optimizer, run.turns)
     if reason := control.ledger(exchange.control):
         raise SettingError(
             f"exchange.control = {exchange.control!r} cannot be used with the ledger: {reason}"
         )
+    planes = _planes(exchange, swarm.min_peers)
+    _check_rule(exchange.rule, planes)
     return RunSpec(
         run=run,
         task=_task(given.get("task", {}), allow_task),
@@ -136,9 +137,23 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
         optimizer=inner,
         schedule=curve,
         exchange=exchange,
-        planes=_planes(exchange, swarm.min_peers),
+        planes=planes,
         swarm=swarm,
     )
+
+
+def _check_rule(given: str | dict[str, Any], planes: tuple[Plane, ...]) -> None:
+    """Refuse a rule that these kinds of update give nothing to compare."""
+    rule = turn_rule.make(given)
+    for plane in planes:
+        part = codec.make(plane.update.name, plane.update.options, where="exchange.update")
+        if rule.along and not turn_rule.common(part):
+            raise SettingError(
+                f"exchange.rule = {turn_rule.filled(given)['name']!r} compares what peers say "
+                f"along the same directions, and updates of kind {plane.update.name!r} as they are "
+                "set have none in common: use kind = 'scalar' with directions = 'common', or "
+                "rule = 'clip_norm', which serves every kind"
+            )
 
 
 def _table(kind: Callable[..., T], given: Mapping[str, Any], where: str) -> T:

@@ -95,8 +95,9 @@ class Exchange:
     or a fraction such as "1/4"."""
     staleness: Staleness = Staleness()
     """How much an update of a peer counts that is slower than the others."""
-    rule: str = "sum"
-    """How the updates of one turn become the turn's contribution (design 3.5)."""
+    rule: str | dict[str, Any] = "sum"
+    """What the updates of one turn add up to: a name (`training/turn_rules/`), or a table with the
+    rule's options."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and what does not exist yet."""
@@ -112,6 +113,11 @@ class Exchange:
             raise ValueError(f"quantum_bits = {self.quantum_bits}; use 8 to 30")
         if self.clip_ratio() <= 0:
             raise ValueError(f"clip = {self.clip!r} must be above 0")
+
+    def combines(self) -> bool:
+        """Say whether what an update adds depends on the others of its turn."""
+        rule = self.rule if isinstance(self.rule, str) else self.rule.get("name")
+        return rule != "sum"
 
     def clip_ratio(self) -> Fraction:
         """Return `clip` exactly, as it is written in decimal."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shoal.compression import codec
 from shoal.compression.settings import SettingError
-from shoal.training import ledger, merkle, optimizer, parameters, schedule, task
+from shoal.training import ledger, merkle, optimizer, parameters, schedule, task, turn_rule
 from shoal.training.exchange import Arrived, Outcome
 from shoal.training.exchanges.ledger import LedgerExchange
 from shoal.training.fingerprint import Lanes
@@ -298,8 +298,10 @@ class Trainer:
     def load(self, path: Path, own: tuple[int, int] | None = None) -> Loaded:
         """Read a checkpoint. `own` is log and number of the last own update in the log; None: none.
 
-        Residual, momentum and drift live on only if they belong to it. Raises CheckpointError, and
-        then changes nothing, when the file is damaged or of another model.
+        Residual, momentum and drift live on only if they belong to it. Under a turn rule the shared
+        model starts from the initial one, at an empty frontier: a late update must find those of
+        its turn one by one, so all are to be applied again. Raises CheckpointError, and then
+        changes nothing, when the file is damaged or of another model.
         """
         tensors, state = _read(path)
         self._check(path, tensors, state)
@@ -310,13 +312,16 @@ class Trainer:
                 if name.startswith(f"{place}/")
             }
             inner.load(mine, state["numbers"].get(place, {}))
-        self.exchange.restore(tensors["ledger"].numpy().astype("<i4").tobytes())
+        if exact := self.exchange.ledger.rule.alone:
+            self.exchange.restore(tensors["ledger"].numpy().astype("<i4").tobytes())
+        else:
+            self.exchange.restore(self.initial_bytes())
         owner = tuple(state["owner"]) if state["owner"] else None
         kept = owner == own
         memory = {name: tensors[name] for name in MEMORY if kept and name in tensors}
         self.exchange.take_back(owner if kept else None, memory)
         self._seconds_per_step = float(state["seconds_per_step"])
-        return Loaded(state["frontier"], kept)
+        return Loaded(state["frontier"] if exact else [], kept)
 
     def export(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write the shared model as safetensors: float parameters and buffers under their names."""
@@ -407,8 +412,9 @@ class Trainer:
             rules,
             [plane.author for plane in spec.planes],
             quantum_bits=spec.exchange.quantum_bits,
-            turn_rule=spec.exchange.rule,
+            turn_rule=turn_rule.make(spec.exchange.rule),
             peer=self._setup.peer or bytes(32),
+            directory=self._setup.directory,
         )
 
     def _method(self, plane: int) -> Method:

@@ -369,7 +369,7 @@ def apply(part: "Codec", payload: bytes, ledger: "Ledger") -> None:
     decoded = written(part.decode(payload, ledger.size, ledger.model.device), ledger.model.device)
     if decoded.values.dtype != torch.int32:  # a codec for mixing alone
         decoded = replace(decoded, values=decoded.values.round().to(torch.int32))
-    ledger.add(0, 1, decoded)
+    ledger.add((b"", 0, 1), 1, decoded)
 
 
 def best(
@@ -404,10 +404,11 @@ def empty_ledger(size: int, device: str) -> "Ledger":
     """Return a ledger of zeros in which every update counts by itself."""
     import torch
 
-    from shoal.training import ledger, rules
+    from shoal.training.ledger import Ledger
+    from shoal.training.turn_rules.sum import Sum
 
     zeros_D = torch.zeros(size, dtype=torch.int32, device=device)
-    return ledger.Ledger(zeros_D, rules.Sum())
+    return Ledger(zeros_D, Sum())
 
 
 def _wait(device: str) -> None:

@@ -12,7 +12,7 @@ from shoal.compression.codec import Decoded
 from shoal.training import fingerprint, ledger
 from shoal.training.fingerprint import Fingerprint
 from shoal.training.ledger import Ledger
-from shoal.training.rules import Sum
+from shoal.training.turn_rules.sum import Sum
 
 SIZE = 3000
 MASK = 2**64 - 1
@@ -29,6 +29,10 @@ def update(seed: int, spread: int = 2**20) -> Decoded:
     g = torch.Generator().manual_seed(seed)
     indices = torch.randperm(SIZE, generator=g)[:50].sort().values
     return Decoded(SIZE, integers(seed, 50, spread), indices)
+
+
+def key(i: int) -> ledger.Key:
+    return bytes([i]) * 32, 0, 1
 
 
 def python_fingerprint(values: list[int]) -> tuple[int, int]:
@@ -81,9 +85,9 @@ def test_any_order_gives_the_same_tensor_and_fingerprint(order: list[int], sprea
     straight = Ledger(integers(99), Sum())
     shuffled = Ledger(integers(99), Sum())
     for i in range(12):
-        straight.add(i, i, update(i, spread))
+        straight.add(key(i), i, update(i, spread))
     for i in order:
-        shuffled.add(i, i, update(i, spread))
+        shuffled.add(key(i), i, update(i, spread))
     assert torch.equal(straight.model, shuffled.model)
     assert straight.fingerprint() == shuffled.fingerprint() == straight.recompute()
     assert straight.out_of_range == shuffled.out_of_range
@@ -94,10 +98,10 @@ def test_any_order_gives_the_same_tensor_and_fingerprint(order: list[int], sprea
 def test_subtracting_undoes_adding(chosen: list[int], rng: random.Random) -> None:
     one = Ledger(integers(5), Sum())
     before = one.model.clone(), one.fingerprint()
-    deltas = {i: one.add(i, 1, update(i, 2**31)) for i in chosen}
+    deltas = {i: one.add(key(i), 1, update(i, 2**31)) for i in chosen}
     rng.shuffle(chosen)
     for i in chosen:
-        assert one.subtract(i, 1, update(i, 2**31)) == fingerprint.negate(deltas[i])
+        assert one.subtract(key(i), 1, update(i, 2**31)) == fingerprint.negate(deltas[i])
     assert torch.equal(one.model, before[0])
     assert one.fingerprint() == before[1] == one.recompute()
     assert one.out_of_range == 0
@@ -119,11 +123,11 @@ def test_an_update_of_a_fragment_counts_from_its_offset(
         part = Decoded(50, values, indices, offset)
         whole = torch.zeros(SIZE, dtype=torch.int32)
         whole[offset : offset + 50] = values
-        assert one.add(seed, 1, part) == two.add(seed, 1, Decoded(SIZE, whole))
+        assert one.add(key(seed), 1, part) == two.add(key(seed), 1, Decoded(SIZE, whole))
     assert torch.equal(one.model, two.model)
     assert one.fingerprint() == two.fingerprint() == one.recompute()
     assert one.out_of_range == two.out_of_range
-    one.subtract(1, 1, Decoded(50, integers(1, 50, 2**31), None, 700))
+    one.subtract(key(1), 1, Decoded(50, integers(1, 50, 2**31), None, 700))
     assert one.fingerprint() == one.recompute()
 
 
@@ -134,8 +138,8 @@ def test_the_compiled_loops_and_torch_agree(monkeypatch: pytest.MonkeyPatch) -> 
         for name in ("LARGE", "LOADED"):
             monkeypatch.setattr(parallel, name, least)
         one = Ledger(integers(5, spread=2**31), Sum())
-        deltas = [one.add(i, 1, update(i, 2**31)) for i in range(8)]
-        deltas += [one.subtract(i, 1, update(i, 2**31)) for i in range(5)]
+        deltas = [one.add(key(i), 1, update(i, 2**31)) for i in range(8)]
+        deltas += [one.subtract(key(i), 1, update(i, 2**31)) for i in range(5)]
         found.append((deltas, one.fingerprint(), one.recompute(), one.to_bytes(), one.out_of_range))
     assert found[0] == found[1]
     assert found[0][1] == found[0][2]
@@ -152,7 +156,7 @@ def test_without_wrapping_the_fingerprint_moves_by_the_deltas() -> None:
     one = Ledger(integers(5), Sum())
     total = one.fingerprint()
     for i in range(20):
-        total = fingerprint.add(total, one.add(i, 1, update(i)))
+        total = fingerprint.add(total, one.add(key(i), 1, update(i)))
     assert one.fingerprint() == total
 
 
@@ -160,7 +164,7 @@ def test_values_wrap_modulo_two_to_the_32_and_raise_the_alarm() -> None:
     one = Ledger(torch.tensor([2**30 - 1, 2**31 - 1, 0], dtype=torch.int32), Sum())
     assert one.out_of_range == 1
     start = one.fingerprint()
-    delta = one.add(1, 1, Decoded(3, torch.tensor([1, 1, 5], dtype=torch.int32)))
+    delta = one.add(key(1), 1, Decoded(3, torch.tensor([1, 1, 5], dtype=torch.int32)))
     assert one.model.tolist() == [2**30, -(2**31), 5]
     assert one.out_of_range == 2
     assert one.fingerprint() == one.recompute()
@@ -174,7 +178,7 @@ def test_one_and_two_threads_agree() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             one = Ledger(integers(1, 400_000), Sum())
-            one.add(1, 1, Decoded(400_000, integers(2, 400_000, 2**31)))
+            one.add(key(1), 1, Decoded(400_000, integers(2, 400_000, 2**31)))
             found.add((one.fingerprint(), one.to_bytes(), one.floats(24).numpy().tobytes()))
     finally:
         torch.set_num_threads(before)
@@ -191,7 +195,7 @@ def test_cuda_agrees_with_the_cpu() -> None:
         moved = Decoded(
             SIZE, there_update.values.cuda(), None if indices is None else indices.cuda()
         )
-        assert here.add(i, 1, update(i, 2**31)) == there.add(i, 1, moved)
+        assert here.add(key(i), 1, update(i, 2**31)) == there.add(key(i), 1, moved)
     assert here.to_bytes() == there.to_bytes()
     assert here.fingerprint() == there.fingerprint() == there.recompute()
     assert torch.equal(here.floats(24), there.floats(24).cpu())
@@ -219,38 +223,3 @@ def test_floats_become_the_nearest_integers() -> None:
         ledger.from_floats(torch.tensor([64.0]), 24)
     with pytest.raises(ValueError, match="quantum_bits"):
         ledger.from_floats(torch.tensor([float("nan")]), 24)
-
-
-class Middle:
-    """The integer median of a turn: a rule that does need the neighbours."""
-
-    alone = False
-
-    def joined(self, others: tuple[Decoded, ...], update: Decoded) -> Decoded:
-        with_it = torch.stack([u.dense() for u in (*others, update)]).median(0).values
-        if not others:
-            return Decoded(update.size, with_it)
-        without = torch.stack([u.dense() for u in others]).median(0).values
-        return Decoded(update.size, with_it - without)
-
-
-@settings(max_examples=20, deadline=None)
-@given(order=st.permutations(range(9)), gone=st.integers(0, 8))
-def test_another_turn_rule_is_a_function_of_the_set(order: list[int], gone: int) -> None:
-    """Order, and an update that comes and goes, leave no trace under any rule."""
-    turns = {i: i % 3 for i in range(9)}
-    one, other = Ledger(integers(1), Middle()), Ledger(integers(1), Middle())
-    for i in range(9):
-        if i != gone:
-            one.add(i, turns[i], update(i))
-    for i in order:
-        other.add(i, turns[i], update(i))
-    other.subtract(gone, turns[gone], update(gone))
-    assert torch.equal(one.model, other.model)
-    assert one.fingerprint() == other.fingerprint() == one.recompute()
-    middle = torch.stack([update(i).dense() for i in range(9) if i % 3 == 0 and i != gone])
-    alone = Ledger(torch.zeros(SIZE, dtype=torch.int32), Middle())
-    for i in range(0, 9, 3):
-        if i != gone:
-            alone.add(i, 0, update(i))
-    assert torch.equal(alone.model, middle.median(0).values)

@@ -1,18 +1,22 @@
 """Exchange by ledger: the shared model is the exact sum of everybody's updates (design 3)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shoal.compression import perturbation
-from shoal.compression.codec import Codec, Directed
+from shoal.compression.codec import Codec, Contribution, Directed
 from shoal.training.exchange import Arrived, Outcome
 from shoal.training.feedback import SHRINKS, Feedback, FeedbackSettings
 from shoal.training.fingerprint import Lanes
-from shoal.training.ledger import Ledger
+from shoal.training.ledger import Key, Ledger
 from shoal.training.lesson import Steps
-from shoal.training.rules import TURN_RULES, RuleError, Rules
+from shoal.training.payloads import Payloads
+from shoal.training.rules import RuleError, Rules
+from shoal.training.turn_rule import TurnRule
+from shoal.training.turn_rules.sum import Sum
 from shoal.training.walk import WalkSettings
 
 
@@ -26,10 +30,17 @@ class LedgerExchange:
         authors: Sequence[FeedbackSettings | WalkSettings],
         *,
         quantum_bits: int,
-        turn_rule: str = "sum",
+        turn_rule: TurnRule | None = None,
         peer: bytes = bytes(32),
+        directory: Path | None = None,
     ) -> None:
-        self.ledger = Ledger(initial_D, TURN_RULES[turn_rule]())
+        """Start from a model without updates.
+
+        `turn_rule` is `sum` if nothing else is said; what others must look at again is kept in
+        `directory`.
+        """
+        self.ledger = Ledger(initial_D, turn_rule or Sum(), self._recall)
+        self._payloads = Payloads(directory)
         self.rules = rules
         self.feedback = Feedback(authors, rules, quantum_bits=quantum_bits)
         self.peer = peer
@@ -113,12 +124,16 @@ class LedgerExchange:
         self._pending_drift = None
 
     def apply(self, updates: Sequence[Arrived]) -> list[Outcome]:
-        """Add updates, one after the other."""
-        return [self._one(update, 1) for update in updates]
+        """Add updates: one after the other, under a turn rule those of a turn at once."""
+        if self.ledger.rule.alone:
+            return [self._one(update, 1) for update in updates]
+        return self._by_turn(updates, 1)
 
     def subtract(self, updates: Sequence[Arrived]) -> list[Outcome]:
-        """Subtract updates, one after the other."""
-        return [self._one(update, -1) for update in updates]
+        """Subtract updates, in the same way."""
+        if self.ledger.rule.alone:
+            return [self._one(update, -1) for update in updates]
+        return self._by_turn(updates, -1)
 
     def fingerprint(self) -> Lanes:
         """Return the running fingerprint."""
@@ -133,8 +148,9 @@ class LedgerExchange:
         return self.ledger.to_bytes()
 
     def restore(self, data: bytes) -> None:
-        """Set the integers."""
+        """Set the integers: under a turn rule to those of a model without updates."""
         self.ledger.restore(data)
+        self._payloads.clear()
 
     def memory(self) -> dict[str, Tensor]:
         """Return the author's memory by name, for a checkpoint."""
@@ -156,17 +172,62 @@ class LedgerExchange:
         self.owner = owner
 
     def _one(self, update: Arrived, sign: int) -> Outcome:
-        device: torch.device = self.ledger.model.device
         try:
-            decoded = self.rules.judge(
-                update.turn,
-                update.kind,
-                update.size,
-                update.payload,
-                device,
-                author=update.key[0],
-            )
+            decoded = self._judged(update)
         except RuleError as error:
             return Outcome(update.key, (0, 0), str(error))
         change = self.ledger.add if sign > 0 else self.ledger.subtract
         return Outcome(update.key, change(update.key, update.turn, decoded), None)
+
+    def _by_turn(self, updates: Sequence[Arrived], sign: int) -> list[Outcome]:
+        """Change turn after turn; what a turn changes stands with the last of its updates."""
+        outcomes: dict[int, Outcome] = {}
+        for turn, group in _turns(updates):
+            good: dict[int, Contribution] = {}
+            for place in group:
+                update = updates[place]
+                try:
+                    good[place] = self._judged(update)
+                except RuleError as error:
+                    outcomes[place] = Outcome(update.key, (0, 0), str(error))
+                else:
+                    outcomes[place] = Outcome(update.key, (0, 0), None)
+            delta = self._change(turn, {updates[i].key: one for i, one in good.items()}, sign)
+            if good:
+                last = max(good)
+                outcomes[last] = Outcome(updates[last].key, delta, None)
+                if sign > 0:
+                    self._keep(updates[place] for place in good)
+        return [outcomes[place] for place in range(len(updates))]
+
+    def _change(self, turn: int, updates: Mapping[Key, Contribution], sign: int) -> Lanes:
+        if sign > 0:
+            return self.ledger.take_in(turn, updates)
+        return self.ledger.take_out(turn, updates)
+
+    def _keep(self, updates: Iterable[Arrived]) -> None:
+        """Let the ledger look again at what it does not keep itself."""
+        for update in updates:
+            if self.ledger.recalls(update.turn, update.key):
+                self._payloads.keep(update)
+
+    def _recall(self, key: Key) -> Contribution:
+        return self._judged(self._payloads.recall(key))
+
+    def _judged(self, update: Arrived) -> Contribution:
+        return self.rules.judge(
+            update.turn,
+            update.kind,
+            update.size,
+            update.payload,
+            self.ledger.model.device,
+            author=update.key[0],
+        )
+
+
+def _turns(updates: Sequence[Arrived]) -> Iterable[tuple[int, list[int]]]:
+    """Return turns, as they come first, with the places of their updates."""
+    places: dict[int, list[int]] = {}
+    for place, update in enumerate(updates):
+        places.setdefault(update.turn, []).append(place)
+    return places.items()

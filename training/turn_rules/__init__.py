@@ -1,0 +1,1 @@
+"""Turn rules, one file each (`training/turn_rule.py`)."""

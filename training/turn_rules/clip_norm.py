@@ -1,0 +1,49 @@
+"""Updates scaled down to the median norm of their turn: for every kind of update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import ClassVar
+
+from shoal.compression.codec import Contribution, squares_of
+from shoal.training import contribution
+from shoal.training.turn_rule import turn_rule
+
+
+@turn_rule("clip_norm")
+@dataclass(frozen=True, slots=True)
+class ClipNorm:
+    """The sum of n updates, each scaled down to the median norm of the turn if it is longer.
+
+    Norms are compared by their exact squares s (those that `exchange.clip` bounds); the median m is
+    of an even number the lower of the two in the middle. A longer update is multiplied by
+    ⌊2^30 · √(m/s)⌋ / 2^30, every number rounded toward zero, so that no result is longer than √m.
+    (Sun et al., "Can you really backdoor federated learning?", 2019, arXiv 1911.07963, clip to a
+    fixed norm; SparseLoCo's code clips to the median of the peers' norms.)
+
+    Costs: honest updates above the median are shortened, and their authors never send what was cut
+    off: their residuals believe it sent. The worker keeps every payload of the run, beyond 64 MiB
+    in a file beside the log, and decodes a turn's again whenever one more arrives: n² / 2 times for
+    n updates that come one by one. Guarantees a bound on length alone: a liar still chooses the
+    direction of an honest step, and a quarter of liars pushing together weighs as much as a quarter
+    of the honest. Half of the voters sending nothing stops the others.
+    """
+
+    alone: ClassVar[bool] = False
+    along: ClassVar[bool] = False
+
+    def total(self, updates: Sequence[Contribution]) -> Contribution | None:
+        """Return the sum of what is left."""
+        squares = [squares_of(update) for update in updates]
+        middle = sorted(squares)[(len(squares) - 1) // 2] if squares else 0
+        return contribution.added(
+            [
+                update if s <= middle else contribution.scaled(update, _fraction(middle, s))
+                for update, s in zip(updates, squares, strict=True)
+            ]
+        )
+
+
+def _fraction(middle: int, squares: int) -> int:
+    """Return ⌊2^30 · √(middle / squares)⌋."""
+    return isqrt((middle << 2 * contribution.BITS) // squares)
