@@ -8,6 +8,7 @@ V tokens.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,15 @@ class HfCausalLm:
             tokens.append(int(torch.multinomial(chances_V.cpu(), 1, generator=generator)))
         text: str = self.tokenizer.decode(tokens[begun:], skip_special_tokens=True)
         return text
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the model and its tokenizer in Hugging Face's format, what LoRA learnt merged in.
+
+        With LoRA, `model` is changed.
+        """
+        whole = model.merge_and_unload() if self._lora.rank else model
+        whole.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _nats(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """Return the sum over counted tokens, and how many they are."""
