@@ -230,6 +230,11 @@ def expand(tables: Mapping[str, Any]) -> dict[str, Any]:
             continue  # refused when the tables are read
         for key, value in keys.items():
             mine = given.get(key, value)
+            if isinstance(mine, list):
+                raise SettingError(
+                    f"preset {name!r} has one {table}.{key}, the run file a list of them; leave "
+                    "one of them out"
+                )
             if isinstance(value, Mapping) and isinstance(mine, Mapping):
                 which = "name" if table == "local" else "kind"
                 if mine.get(which, value[which]) != value[which]:

@@ -14,6 +14,7 @@ from shoal.compression.settings import SettingError
 RATE = 100.0
 """The default `lr` times parameters: a step's length² grows with their number, what it gains does
 not (MeZO's 1e-7 … 1e-6 for models of 10⁹; .02 for a perceptron of 5000)."""
+MOST_QUANTUM_BITS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,11 @@ class WalkSettings:
         quanta = self.lr * self.reach / peers * 2.0**quantum_bits
         if quanta < 1:
             bits = quantum_bits + math.ceil(-math.log2(quanta))
+            remedy = f"set exchange.quantum_bits to {bits} (weights stay below {2 ** (31 - bits)})"
+            if bits > MOST_QUANTUM_BITS:
+                remedy = "raise lr"
             raise SettingError(
-                f"lr = {self.lr}: a step of {peers} peers is below the ledger's unit; set "
-                f"exchange.quantum_bits to {bits} or more (24 holds weights below 128, 28 below 8)"
+                f"lr = {self.lr}: a peer's largest step is below the ledger's unit, 2^-"
+                f"{quantum_bits}; {remedy}"
             )
         return max(0, math.ceil(math.log2(quanta / 127)))
