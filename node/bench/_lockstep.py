@@ -31,7 +31,7 @@ class Lockstep:
         from shoal.training.run import RunError, RunSpec
         from shoal.training.trainer import Setup, Trainer
 
-        self.trainers: "list[Trainer]" = []
+        self.trainers: list[Trainer] = []
         self.turn = 0
         """The last one taken."""
         self.payload = 0
