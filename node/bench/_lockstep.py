@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from shoal.node.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shoal.training.trainer import Trainer
     from shoal.training.turn import Turned
 
 
