@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from shoal.compression.codec import Codec
 from shoal.training.fingerprint import Lanes
 from shoal.training.lesson import Steps
 
@@ -42,6 +43,11 @@ class Outcome:
 class Exchange(Protocol):
     """How one peer's model takes part in the swarm's."""
 
+    @property
+    def quantum_bits(self) -> int:
+        """Return b of the unit q = 2^-b."""
+        ...
+
     def model(self) -> Tensor:
         """Return the shared model as a float32 vector."""
         ...
@@ -52,6 +58,13 @@ class Exchange(Protocol):
 
     def start(self) -> Tensor:
         """Return the vector to train from: the shared model and what was learnt here since."""
+        ...
+
+    def chances(self, codec: Codec) -> Tensor | None:
+        """Return how likely this codec's author is to draw each direction, float64 of sum 1.
+
+        None: the codec decides.
+        """
         ...
 
     def publish(self, delta_D: Tensor, weight: float, *, turn: int, key: int) -> bytes:

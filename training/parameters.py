@@ -16,7 +16,13 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
+from shoal.compression import perturbation
 from shoal.compression.settings import SettingError
+
+_SLAB = 1 << 20
+"""Elements converted at a time on the CPU: what its caches hold …"""
+_SLAB_CUDA = 1 << 24
+"""… and elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +107,51 @@ class Parameters:
         for p, part in zip(self.named.values(), x_D.split(self._sizes), strict=True):  # type: ignore[no-untyped-call]
             p.copy_(part.reshape(p.shape))
 
+    def write_integers(
+        self, integers_D: Tensor, quantum_bits: int, *, key: int = 0, scale: float = 0.0
+    ) -> None:
+        """Set the model to q · integers + scale · z(key), without a vector of its size (`fill`)."""
+        start = 0
+        for p, size in zip(self.named.values(), self._sizes, strict=True):
+            part = integers_D[start : start + size]
+            fill(p, part, quantum_bits, start=start, key=key, scale=scale)
+            start += size
+
     def split(self, x_D: Tensor) -> dict[str, Tensor]:
         """Return a vector as named tensors of the right shapes."""
         parts = x_D.split(self._sizes)  # type: ignore[no-untyped-call]
         named = zip(self.layout.names, self.layout.shapes, parts, strict=True)
         return {name: part.reshape(shape) for name, shape, part in named}
+
+
+@torch.no_grad()
+def fill(
+    tensor: Tensor,
+    integers_N: Tensor,
+    quantum_bits: int,
+    *,
+    start: int = 0,
+    key: int = 0,
+    scale: float = 0.0,
+) -> None:
+    """Set a tensor of N elements to q · integers + scale · z(key), z from its element `start`.
+
+    In float32, rounded once after each of the two, and only then to the tensor's own type: the same
+    on every device, and whatever the tensor held before leaves no trace. Integers lie on the
+    tensor's device.
+    """
+    flat_N = tensor.detach().reshape(-1)
+    slab = _SLAB if tensor.device.type == "cpu" else _SLAB_CUDA
+    for low in range(0, len(integers_N), slab):
+        part, target = integers_N[low : low + slab], flat_N[low : low + slab]
+        floats = target.copy_(part) if target.dtype == torch.float32 else part.to(torch.float32)
+        floats.mul_(2.0**-quantum_bits)
+        if scale:
+            perturbation.perturb(floats, key, scale, start=start + low)
+        if floats is not target:
+            target.copy_(floats)
+    if not tensor.is_contiguous():
+        tensor.copy_(flat_N.view(tensor.shape))
 
 
 def floating_buffers(model: nn.Module) -> dict[str, Tensor]:

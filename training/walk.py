@@ -30,6 +30,9 @@ class WalkSettings:
     walk: bool = True
     """Each slope is measured where the steps before it led (MeZO); false: all where the turn began
     (n-SPSA)."""
+    unbiased: bool = False
+    """With `sampling = "pro"`: divide slopes by K times the chance of their seed, so that likelier
+    seeds do not count more."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""

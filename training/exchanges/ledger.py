@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoal.compression import perturbation
-from shoal.compression.codec import Codec, Contribution, Directed
+from shoal.compression import perturbation, seeded
+from shoal.compression.codec import Codec, Combination, Contribution, Directed
 from shoal.training.exchange import Arrived, Outcome
 from shoal.training.feedback import SHRINKS, Feedback, FeedbackSettings
 from shoal.training.fingerprint import Lanes
 from shoal.training.ledger import Key, Ledger
 from shoal.training.lesson import Steps
 from shoal.training.payloads import Payloads
+from shoal.training.pool import Pool, seeds
 from shoal.training.rules import RuleError, Rules
 from shoal.training.turn_rule import TurnRule
 from shoal.training.turn_rules.sum import Sum
@@ -47,15 +48,25 @@ class LedgerExchange:
         """Whose updates `publish` returns."""
         self.owner: tuple[int, int] | None = None
         """Log and number of the update that residual and momentum belong to."""
-        self._quantum_bits = quantum_bits
+        self.quantum_bits = quantum_bits
+        codecs = [part.codec for plane in rules.planes for part in plane.fragments]
+        self.pool = Pool(max(map(seeds, codecs)))
+        """Of the seeds that all directions are from, where the run has such."""
+        self._only_pool = self.ledger.rule.alone and all(map(seeds, codecs))
         self.drift: Tensor | None = None
         """What was learnt here and is in no update yet: of fragments whose turn it was not, and of
         turns for which this peer was not drawn. Local steps go on from shared model + drift."""
         self._pending_drift: Tensor | None = None
 
+    def chances(self, codec: Codec) -> Tensor | None:
+        """Return the weights of the pool's seeds if the codec names what it draws, else None."""
+        if getattr(codec, "sampling", "") != "pro":
+            return None
+        return self.pool.weights(seeds(codec))
+
     def model(self) -> Tensor:
         """Return q · integers."""
-        return self.ledger.floats(self._quantum_bits)
+        return self.ledger.floats(self.quantum_bits)
 
     def integers(self) -> Tensor:
         """Return the ledger's tensor itself."""
@@ -87,7 +98,7 @@ class LedgerExchange:
         codec = self.rules.codec(turn, self.peer)
         assert isinstance(codec, Directed)
         self._pending_drift = self.drift
-        scaled_S = steps.sizes * (weight * 2.0**self._quantum_bits)
+        scaled_S = steps.sizes * (weight * 2.0**self.quantum_bits)
         for _ in range(SHRINKS):
             encoded = codec.say(self.ledger.size, steps.directions, scaled_S, key=key)
             try:
@@ -109,8 +120,10 @@ class LedgerExchange:
             return
         assert isinstance(codec, Directed)
         keys = [codec.key(direction) for direction in brought.directions.tolist()]
-        quanta_S = (brought.sizes.nan_to_num() * 2.0**self._quantum_bits).round().to(torch.int64)
+        quanta_S = (brought.sizes.nan_to_num() * 2.0**self.quantum_bits).round().to(torch.int64)
         perturbation.accumulate(self.ledger.model, keys, quanta_S)
+        if seeds(codec):
+            self.pool.change(brought.directions, quanta_S, 1)
 
     def commit(self, log: int, number: int) -> None:
         """Let residual, momentum and drift belong to this update."""
@@ -148,9 +161,35 @@ class LedgerExchange:
         return self.ledger.to_bytes()
 
     def restore(self, data: bytes) -> None:
-        """Set the integers: under a turn rule to those of a model without updates."""
+        """Set the integers: under a turn rule to those of a model without updates.
+
+        A run's pool is as without updates, too; whoever restores others sets it afterwards.
+        """
         self.ledger.restore(data)
         self._payloads.clear()
+        self.pool.clear()
+
+    def sums(self) -> bytes | None:
+        """Return what the run added to the initial model as 4 bytes a seed of its pool.
+
+        None when the model is more than that: another kind of update, or a turn rule.
+        """
+        return self.pool.to_bytes() if self._only_pool else None
+
+    def rebuild(self, initial: bytes, sums: bytes) -> None:
+        """Set the model to the initial one and `sums` of another peer; of no use with turn rules.
+
+        How large the steps along each seed were is not known then. Raises ValueError for lengths
+        that are not the run's, and changes nothing.
+        """
+        assert self._only_pool
+        pool = Pool(self.pool.size)
+        pool.from_bytes(sums)
+        self.restore(initial)
+        keys_K = seeded.pool(self.rules.run, pool.size)
+        perturbation.accumulate(self.ledger.model, keys_K, pool.sums)
+        self.restore(self.snapshot())
+        self.pool = pool
 
     def memory(self) -> dict[str, Tensor]:
         """Return the author's memory by name, for a checkpoint."""
@@ -176,6 +215,7 @@ class LedgerExchange:
             decoded = self._judged(update)
         except RuleError as error:
             return Outcome(update.key, (0, 0), str(error))
+        self._tell_pool(decoded, sign)
         change = self.ledger.add if sign > 0 else self.ledger.subtract
         return Outcome(update.key, change(update.key, update.turn, decoded), None)
 
@@ -192,6 +232,7 @@ class LedgerExchange:
                     outcomes[place] = Outcome(update.key, (0, 0), str(error))
                 else:
                     outcomes[place] = Outcome(update.key, (0, 0), None)
+                    self._tell_pool(good[place], sign)
             delta = self._change(turn, {updates[i].key: one for i, one in good.items()}, sign)
             if good:
                 last = max(good)
@@ -204,6 +245,10 @@ class LedgerExchange:
         if sign > 0:
             return self.ledger.take_in(turn, updates)
         return self.ledger.take_out(turn, updates)
+
+    def _tell_pool(self, update: Contribution, sign: int) -> None:
+        if isinstance(update, Combination) and update.directions is not None:
+            self.pool.change(update.directions, update.coefficients, sign)
 
     def _keep(self, updates: Iterable[Arrived]) -> None:
         """Let the ledger look again at what it does not keep itself."""
