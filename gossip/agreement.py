@@ -3,6 +3,10 @@
 The fingerprint is linear: F(V) = F(own) − Σ F(updates above V). So a statement (V, F(V)) of another
 peer is checked as soon as our model has passed V, although nobody is ever at one frontier at one
 moment (design 3.4).
+
+Under a turn rule (design 3.5) what an update adds depends on those of its turn that came before it,
+so such sums say nothing. Then a statement is compared if it is about a frontier at which our own
+model once stood: at the latest when all is quiet, and all stand at one.
 """
 
 from array import array
@@ -12,7 +16,7 @@ from itertools import islice
 
 from shoal.gossip.events import Applied
 from shoal.gossip.frontier import Counts, Frontier, Rows
-from shoal.gossip.names import Author, PeerId
+from shoal.gossip.names import Author, Hash, PeerId
 from shoal.gossip.records import Progress
 
 Fingerprint = tuple[int, int]
@@ -21,6 +25,8 @@ MOST_RULES = 32
 """Rules counted one by one."""
 MOST_CHECKS = 8
 """Statements compared after one step of the model: the check is spread, not skipped."""
+MOST_STANDS = 512
+"""Frontiers of our own model that are remembered under a turn rule."""
 STRIKES = 3
 """Disagreeing statements of one peer after our own rebuild before the swarm is `diverged`."""
 
@@ -30,6 +36,8 @@ class Agreement:
     """The worker's model as a sum, and what others say about theirs."""
 
     frontier: Frontier
+    combined: bool = False
+    """The run has a turn rule: what updates add is no sum of what each does."""
     applied: dict[Author, int] = field(default_factory=dict)
     fingerprint: Fingerprint | None = None
     refused: dict[str, int] = field(default_factory=dict)
@@ -41,6 +49,8 @@ class Agreement:
     _deltas: dict[Author, "array[int]"] = field(default_factory=dict)
     _unchecked: dict[PeerId, int] = field(default_factory=dict)
     """Whose statement is still to be compared, and how many updates it counts."""
+    _stands: dict[Hash, Fingerprint] = field(default_factory=dict)
+    """Under a turn rule: frontiers at which our model stood, by hash, the latest at the end."""
 
     # ------------------------------------------------------------ our model
 
@@ -49,31 +59,60 @@ class Agreement:
         self.applied = dict(counts)
         self.fingerprint = fingerprint
         self._base, self._deltas = dict(counts), {}
+        self._stands = {}
+        self._stand()
 
     def stop(self) -> None:
         """There is no model at the moment."""
         self.applied, self.fingerprint = {}, None
-        self._base, self._deltas = {}, {}
+        self._base, self._deltas, self._stands = {}, {}, {}
 
     def step(self, event: Applied) -> bool:
         """The worker's model moved; say whether its fingerprint moved by what was added."""
         if self.fingerprint is None:
             return True
-        expected = self.fingerprint
         counts = dict(event.frontier)
-        # What the worker started with is known as a whole only: a cut into it can't be foretold.
-        known = all(counts.get(a, 0) >= n for a, n in self._base.items())
-        for author in sorted(self.applied):
-            expected = _add(expected, self._cut(author, counts.get(author, 0)), -1)
-        for (author, number), delta in sorted(event.deltas):
-            expected = _add(expected, self._append(author, number, delta), +1)
+        expected = self._after(event, counts) if self.combined else self._sum(event, counts)
         for _, reason in event.refused:
             # What follows the colon is the author's doing: it may be different every time.
             rule = reason.partition(":")[0][:32]
             rule = rule if rule in self.refused or len(self.refused) < MOST_RULES else "other"
             self.refused[rule] = self.refused.get(rule, 0) + 1
         self.applied, self.fingerprint = counts, event.fingerprint
-        return not known or expected == event.fingerprint
+        self._stand()
+        return expected is None or expected == event.fingerprint
+
+    def _sum(self, event: Applied, counts: Mapping[Author, int]) -> Fingerprint | None:
+        """Return what the fingerprint must be now; None if that can't be known."""
+        assert self.fingerprint is not None
+        expected = self.fingerprint
+        # What the worker started with is known as a whole only: a cut into it can't be foretold.
+        known = all(counts.get(a, 0) >= n for a, n in self._base.items())
+        for author in sorted(self.applied):
+            expected = _add(expected, self._cut(author, counts.get(author, 0)), -1)
+        for (author, number), delta in sorted(event.deltas):
+            expected = _add(expected, self._append(author, number, delta), +1)
+        return expected if known else None
+
+    def _after(self, event: Applied, counts: Mapping[Author, int]) -> Fingerprint | None:
+        """Do the same under a turn rule: what is taken out has no change of its own."""
+        expected = self.fingerprint
+        if expected is None or any(counts.get(a, 0) < n for a, n in self.applied.items()):
+            return None
+        for _, delta in event.deltas:
+            expected = _add(expected, delta, +1)
+        return expected
+
+    def _stand(self) -> None:
+        """Remember, under a turn rule, at which frontier the model stands."""
+        if not self.combined or self.fingerprint is None:
+            return
+        at = self.frontier.hash_at({a: n for a, n in self.applied.items() if n})
+        if at is not None:
+            self._stands.pop(at, None)
+            self._stands[at] = self.fingerprint
+            if len(self._stands) > MOST_STANDS:
+                del self._stands[next(iter(self._stands))]
 
     def _cut(self, author: Author, count: int) -> Fingerprint:
         """Take out what lies above `count` (a closing was subtracted); return its sum."""
@@ -104,8 +143,11 @@ class Agreement:
     def at(self, counts: Mapping[Author, int]) -> Fingerprint | None:
         """Return our model's fingerprint at an earlier frontier; None if it is not known."""
         value = self.fingerprint
-        if value is None or any(n > self.applied.get(a, 0) for a, n in counts.items()):
+        if value is None or not self._passed(counts):
             return None
+        if self.combined:
+            at = self.frontier.hash_at(counts)
+            return None if at is None else self._stands.get(at)
         for author in self.applied:
             count = counts.get(author, 0)
             if count < self._base.get(author, 0):
@@ -113,6 +155,10 @@ class Agreement:
             if count < self.applied[author]:
                 value = _add(value, self._above(author, count), -1)
         return value
+
+    def _passed(self, counts: Mapping[Author, int]) -> bool:
+        """Say whether our model holds all of this."""
+        return all(n <= self.applied.get(a, 0) for a, n in counts.items())
 
     def clean(self) -> bool:
         """Say whether the model holds nothing that a closing took out of the ledger."""
@@ -140,13 +186,17 @@ class Agreement:
         passed = sum(self.applied.values())
         ready = (p for p, total in self._unchecked.items() if total <= passed)
         for peer in list(islice(ready, MOST_CHECKS)):
-            total = self._unchecked.pop(peer)
-            agrees = self._compare(self.statements[peer])
+            total, said = self._unchecked.pop(peer), self.statements[peer]
+            agrees = self._compare(said)
             if agrees is None:
-                self._unchecked[peer] = total  # to the end of the queue
+                if self.combined and self._holds(said):
+                    # We were never there and never will be; its next statement may fare better.
+                    rows.state_all(peer, said.frontier)
+                else:
+                    self._unchecked[peer] = total  # to the end of the queue
                 continue
             self.verdicts[peer] = agrees
-            rows.state_all(peer, self.statements[peer].frontier)
+            rows.state_all(peer, said.frontier)
             if agrees:
                 self.strikes.pop(peer, None)
             else:
@@ -159,6 +209,11 @@ class Agreement:
         if own is None or self.frontier.hash_at(counts) != progress.frontier_hash:
             return None
         return own == progress.fingerprint
+
+    def _holds(self, progress: Progress) -> bool:
+        """Say whether our model holds the very updates that this statement is about."""
+        counts = dict(progress.frontier)
+        return self._passed(counts) and self.frontier.hash_at(counts) == progress.frontier_hash
 
     def agrees(self) -> bool | None:
         """Return whether all statements compared so far agree with us; None before the first."""

@@ -148,7 +148,8 @@ class Applied:
     """The worker's model is now at `frontier`, with `fingerprint` read from its tensor.
 
     `deltas`: each applied update's own change of the fingerprint, so that F at any earlier frontier
-    is a sum. `refused`: updates that count zero because they break a rule of the run.
+    is a sum; under a turn rule they are no update's own, and only all of them together are what the
+    fingerprint moved by. `refused`: updates that count zero because they break a rule of the run.
     """
 
     frontier: tuple[tuple[Author, int], ...]

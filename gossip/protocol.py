@@ -165,7 +165,7 @@ class Protocol:
             self.dissemination,
             held.recall,
         )
-        self.agreement = Agreement(self.frontier)
+        self.agreement = Agreement(self.frontier, run.combined)
         self.turns = Turns(
             run,
             me,

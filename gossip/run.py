@@ -18,6 +18,8 @@ class Run:
     min_peers: int = 1
     participation: float = 1.0
     pace: str = "free"
+    combined: bool = False
+    """There is a turn rule: what an update adds to the model depends on the others of its turn."""
     topology: str = "exponential"
     most_bytes: Mapping[str, int] = field(default_factory=dict)
     """Kind of update → most bytes of its payload. Other kinds and larger sizes count zero."""

@@ -151,6 +151,7 @@ class Daemon:
             min_peers=run_file.swarm.min_peers,
             participation=exchange.participation,
             pace=exchange.pace,
+            combined=exchange.combines(),
             topology=run_file.swarm.topology,
             most_bytes=place.genesis.most,
             observe=place.config.observe,

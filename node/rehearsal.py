@@ -177,6 +177,7 @@ def rehearse(
         min_peers=spec.swarm.min_peers,
         participation=spec.exchange.participation,
         pace=spec.exchange.pace,
+        combined=spec.exchange.combines(),
         topology=spec.swarm.topology,
         most_bytes=founding.most_bytes,
     )

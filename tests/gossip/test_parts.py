@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.gossip.agreement import Agreement
+from shoal.gossip.agreement import MOST_STANDS, Agreement
 from shoal.gossip.events import Applied
 from shoal.gossip.frontier import Frontier, Rows
 from shoal.gossip.limits import Limits
@@ -310,3 +310,94 @@ def test_a_cut_into_what_the_worker_started_with_is_no_drift() -> None:
     assert agreement.at({ONE: 1, TWO: 1}) == total(left)
     wrong = Applied(((ONE, 1), (TWO, 2)), (7, 7), ())
     assert not agreement.step(wrong), "later drifts show again"
+
+
+# ---------------------------------------------------------------- agreement under a turn rule
+
+
+def joint(counts: dict[Author, int]) -> tuple[int, int]:
+    """A fingerprint that is no sum over updates: one of each set."""
+    return delta(Key(ONE, 1000 * counts.get(ONE, 0) + counts.get(TWO, 0)))
+
+
+def moved(old: dict[Author, int], new: dict[Author, int]) -> Applied:
+    """The whole change stands with the last update, as the worker reports it."""
+    keys = [Key(a, n) for a in new for n in range(old.get(a, 0) + 1, new[a] + 1)]
+    change = tuple((y - x) % 2**64 for x, y in zip(joint(old), joint(new), strict=True))
+    deltas = [(key, (0, 0)) for key in keys[:-1]] + [(key, change) for key in keys[-1:]]
+    return Applied(tuple(sorted(new.items())), joint(new), tuple(deltas))  # type: ignore[arg-type]
+
+
+def combined(frontier: Frontier) -> Agreement:
+    agreement = Agreement(frontier, combined=True)
+    agreement.start((), joint({}))
+    return agreement
+
+
+@given(st.lists(st.sampled_from([ONE, TWO]), max_size=12), st.integers(1, 3))
+def test_under_a_turn_rule_each_frontier_we_stood_at_is_known_and_no_other(
+    order: list[Author], step: int
+) -> None:
+    end = {who: order.count(who) for who in (ONE, TWO) if who in order}
+    agreement = combined(ledger(end))
+    stood = [dict[Author, int]()]
+    for i in range(0, len(order), step):
+        counts = dict(stood[-1])
+        for who in order[i : i + step]:
+            counts[who] = counts.get(who, 0) + 1
+        assert agreement.step(moved(stood[-1], counts))
+        stood.append(counts)
+    for a in range(end.get(ONE, 0) + 1):
+        for b in range(end.get(TWO, 0) + 1):
+            counts = {who: n for who, n in ((ONE, a), (TWO, b)) if n}
+            assert agreement.at(counts) == (joint(counts) if counts in stood else None)
+
+
+def test_under_a_turn_rule_a_statement_of_where_we_never_were_is_dropped() -> None:
+    agreement, rows = combined(ledger({ONE: 2, TWO: 2})), Rows()
+    agreement.step(moved({}, {ONE: 2}))
+    there = {ONE: 1, TWO: 1}
+    agreement.heard(statement(there, joint(there)), compare=True)
+    assert agreement.check(rows) == []
+    agreement.step(moved({ONE: 2}, {ONE: 2, TWO: 2}))
+    assert agreement.check(rows) == []
+    assert agreement.agrees() is None
+    assert not agreement._unchecked
+    assert rows.holds(peer(9), TWO) == 1, "what it holds is known all the same"
+    end = {ONE: 2, TWO: 2}
+    agreement.heard(statement(end, joint(end), sequence=2), compare=True)
+    assert agreement.check(rows) == []
+    assert agreement.agrees() is True
+    agreement.heard(statement(end, (7, 7), sequence=3), compare=True)
+    assert agreement.check(rows) == [peer(9)]
+
+
+def test_under_a_turn_rule_a_statement_of_other_updates_says_nothing() -> None:
+    agreement = combined(ledger({ONE: 1}))
+    agreement.step(moved({}, {ONE: 1}))
+    agreement.heard(
+        Progress(peer(9), 1, ((ONE, 1),), digest(b"another fork"), (1, 2), Report()), compare=True
+    )
+    assert agreement.check(rows := Rows()) == []
+    assert agreement.agrees() is None
+    assert not rows.holds(peer(9), ONE)
+
+
+def test_under_a_turn_rule_a_drift_shows_and_taking_out_is_none() -> None:
+    frontier = ledger({ONE: 3})
+    agreement = combined(frontier)
+    event = moved({}, {ONE: 3})
+    assert not agreement.step(Applied(event.frontier, (1, 1), event.deltas))
+    agreement.start((), joint({}))
+    assert agreement.step(event)
+    frontier.close(ONE, 2)
+    assert agreement.step(Applied(((ONE, 1),), joint({ONE: 1}), ()))
+    assert agreement.at({ONE: 1}) == joint({ONE: 1})
+
+
+def test_under_a_turn_rule_old_frontiers_are_forgotten() -> None:
+    agreement, many = combined(ledger({ONE: MOST_STANDS + 9})), MOST_STANDS + 9
+    for n in range(1, many + 1):
+        agreement.step(moved({ONE: n - 1}, {ONE: n}))
+    assert agreement.at({ONE: many - MOST_STANDS}) is None
+    assert agreement.at({ONE: many - MOST_STANDS + 1}) == joint({ONE: many - MOST_STANDS + 1})
