@@ -22,16 +22,20 @@ from shoal.training import ledger, merkle, optimizer, parameters, schedule, task
 from shoal.training.exchange import Arrived, Outcome
 from shoal.training.exchanges.ledger import LedgerExchange
 from shoal.training.fingerprint import Lanes
+from shoal.training.forwards import Forwards, Resident
 from shoal.training.method import Method, Tools
 from shoal.training.methods.gradient import Gradient
+from shoal.training.methods.zeroth_order import ZerothOrder
 from shoal.training.parameters import Parameters
+from shoal.training.pool import Pool
 from shoal.training.rules import Fragment, Plane, Rules
 from shoal.training.run import RunError, RunSpec
 from shoal.training.task import Place, Task
 from shoal.training.turn import Learner, Plan, Turned, chance
+from shoal.training.walk import WalkSettings
 
 NAN = float("nan")
-CHECKPOINT = 2
+CHECKPOINT = 3
 """Version of the checkpoint file."""
 MEMORY = ("residual", "momentum", "drift")
 """What an author keeps between turns (`LedgerExchange.memory`)."""
@@ -107,7 +111,7 @@ class Trainer:
             torch.set_num_threads(setup.threads)
         self._setup = setup
         self._spec = setup.run
-        self._seconds_per_step = 0.0
+        self._seconds_per_step = [0.0] * len(setup.run.planes)
         try:
             self._build(initial, clock)
         except SettingError as error:
@@ -132,6 +136,9 @@ class Trainer:
             turns=spec.run.turns,
             clock=clock,
             buffers=spec.run.buffers,
+        )
+        self._forwards: Forwards = Resident(
+            self._task, self._model, self._parameters, spec.exchange.quantum_bits
         )
         self._learner = Learner()
         self._inners: dict[str, optimizer.Inner] = {}
@@ -221,12 +228,13 @@ class Trainer:
         plan = self._plan(turn, spec.exchange.staleness.factor(lag) / members, publish=publish)
         try:
             turned = self._learner.turn(
-                self.exchange, plan, self._evaluate_quickly if measure else lambda: NAN
+                self.exchange, plan, self._measure_quickly if measure else lambda: NAN
             )
         except SettingError as error:  # data is read when first needed
             raise RunError(str(error)) from error
         if turned.steps:
-            self._seconds_per_step = turned.seconds / turned.steps
+            plane = self.exchange.rules.plane(turn)
+            self._seconds_per_step[plane] = turned.seconds / turned.steps
         return turned
 
     def commit(self, log: int, number: int) -> None:
@@ -239,9 +247,8 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Return the task's measure of the shared model on more held-out data than a turn uses."""
-        self._parameters.write(self.exchange.model())
         try:
-            return self._measure(thorough=True)
+            return self._measure(self.exchange, thorough=True)
         except SettingError as error:
             raise RunError(str(error)) from error
 
@@ -261,8 +268,7 @@ class Trainer:
                     private, plan.codec, turn=turn, steps=share, seed=plan.seed
                 )
                 private.keep(lesson.brought, plan.codec)
-        self._parameters.write(private.start())
-        return self._measure(thorough=True)
+        return self._measure(private, thorough=True)
 
     # ---- files
 
@@ -274,6 +280,7 @@ class Trainer:
             tensors, numbers[place] = inner.tensors()
             named.update({f"{place}/{name}": value for name, value in tensors.items()})
         named.update(self.exchange.memory())
+        named.update(self.exchange.pool.tensors())
         state = {
             "version": CHECKPOINT,
             "layout": self.layout.hex(),
@@ -314,13 +321,14 @@ class Trainer:
             inner.load(mine, state["numbers"].get(place, {}))
         if exact := self.exchange.ledger.rule.alone:
             self.exchange.restore(tensors["ledger"].numpy().astype("<i4").tobytes())
+            self.exchange.pool.load(tensors)
         else:
             self.exchange.restore(self.initial_bytes())
         owner = tuple(state["owner"]) if state["owner"] else None
         kept = owner == own
         memory = {name: tensors[name] for name in MEMORY if kept and name in tensors}
         self.exchange.take_back(owner if kept else None, memory)
-        self._seconds_per_step = float(state["seconds_per_step"])
+        self._seconds_per_step = list(map(float, state["seconds_per_step"]))
         return Loaded(state["frontier"] if exact else [], kept)
 
     def export(self, path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -347,6 +355,10 @@ class Trainer:
         needed = {"fingerprint", "owner", "frontier", "numbers", "seconds_per_step"}
         if "ledger" not in tensors or not needed <= state.keys():
             raise CheckpointError(f"{path} is incomplete")
+        try:
+            Pool(self.exchange.pool.size).load(tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         if list(self.exchange.ledger.lanes_of(tensors["ledger"])) != state["fingerprint"]:
             raise CheckpointError(f"{path} is damaged: its fingerprint does not match its model")
 
@@ -419,6 +431,9 @@ class Trainer:
 
     def _method(self, plane: int) -> Method:
         """Return how the turns of this plane are learnt."""
+        author = self._spec.planes[plane].author
+        if isinstance(author, WalkSettings):
+            return ZerothOrder(self._tools, self._forwards, author)
         if "inner" not in self._inners:
             self._inners["inner"] = self._inner()
         return Gradient(self._tools, self._inners["inner"])
@@ -431,7 +446,7 @@ class Trainer:
             kind=rules.planes[plane].kind,
             method=self._methods[plane],
             codec=rules.codec(turn, self.exchange.peer),
-            steps=self._steps(),
+            steps=self._steps(plane),
             weight=weight,
             seed=chance(self._spec.run.seed, self._setup.peer, turn),
             publish=publish,
@@ -443,51 +458,70 @@ class Trainer:
         part = optimizer.make(self._spec.optimizer.name, self._spec.optimizer.options)
         return optimizer.Inner(part.build(named, frozenset(chosen)))
 
-    def _steps(self) -> int:
-        local = self._spec.local
+    def _steps(self, plane: int) -> int:
+        """Return how many steps a turn takes: a fixed number, or as many as fit its time.
+
+        Of steps along directions there are as many as an update says, and that is their number.
+        """
+        local, part = self._spec.local, self.exchange.rules.planes[plane].fragments[0].codec
+        most = part.perturbations if isinstance(part, codec.Directed) else 0
         if local.steps:
-            return local.steps
-        if not self._seconds_per_step:
-            return local.min_steps
-        fitting = round(local.turn_seconds / self._seconds_per_step)
-        return max(local.min_steps, min(local.max_steps, fitting))
+            return most or local.steps
+        fitting = local.min_steps
+        if seconds := self._seconds_per_step[plane]:
+            fitting = max(fitting, min(local.max_steps, round(local.turn_seconds / seconds)))
+        return min(most, fitting) if most else fitting
 
-    def _evaluate_quickly(self) -> float:
-        self._parameters.write(self.exchange.model())
-        return self._measure(thorough=False)
+    def _measure_quickly(self) -> float:
+        return self._measure(self.exchange, thorough=False)
 
-    def _measure(self, *, thorough: bool) -> float:
+    def _measure(self, exchange: LedgerExchange, *, thorough: bool) -> float:
+        """Return the task's measure of a model."""
         evaluate = getattr(self._task, "evaluate", None)
         if evaluate is None:
             return NAN
-        self._model.eval()
-        with torch.no_grad():
-            return float(evaluate(self._model, thorough=thorough))
+        with self._forwards.at(exchange.integers()) as model:
+            if exchange is not self.exchange and exchange.drift is not None:
+                self._parameters.write(exchange.start())
+            return float(evaluate(model, thorough=thorough))
 
     def _try_one_step(self) -> None:
         """Find what would fail in the first step: data, loss, gradients, changing buffers."""
         name = self._spec.task.name
-        self._parameters.write(self.exchange.model())
         before = parameters.floating_buffers(self._model)
-        self._model.train()
         try:
             with torch.random.fork_rng():
                 batch = next(self._task.batches(torch.Generator().manual_seed(0)))
-                loss = self._task.loss(self._model, batch)
+                self._try_loss(batch)
         except SettingError as error:
             raise RunError(str(error)) from error
+        except RunError:
+            raise
         except StopIteration:
             raise RunError(f"task {name!r}: batches() yields nothing") from None
         except Exception as error:  # a task is anybody's code
             raise RunError(
                 f"task {name!r} fails in its first step: {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise RunError(f"task {name!r}: loss() must return a scalar tensor with a gradient")
         changed = parameters.changed_buffers(self._model, before)
         parameters.restore_buffers(self._model, before)
         if changed and self._spec.run.buffers == "refuse":
             raise RunError(parameters.buffers_refused(changed))
+
+    def _try_loss(self, batch: Any) -> None:
+        """Ask for the loss as each kind of update will."""
+        walks = [p.author for p in self._spec.planes if isinstance(p.author, WalkSettings)]
+        if walks:
+            self._forwards.losses(self.exchange.integers(), 0, walks[0].epsilon, batch)
+        if len(walks) == len(self._spec.planes):
+            return
+        self._parameters.write_integers(self.exchange.integers(), self.exchange.quantum_bits)
+        self._model.train()
+        loss = self._task.loss(self._model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise RunError(
+                f"task {self._spec.task.name!r}: loss() must return a scalar tensor with a gradient"
+            )
 
 
 def _device(name: str) -> torch.device:

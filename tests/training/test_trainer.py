@@ -438,7 +438,7 @@ def test_a_turn_that_meets_nan_is_dropped_whole_and_three_stop_the_training(user
     one = user("Explosive")
     take(one, 0, 1, members=1)
     before = (one.fingerprint(), one.exchange.feedback.residual.clone(), one.exchange.owner)
-    optimizer = repr(one._learner.inner.remember())
+    optimizer = repr(one._inners["inner"].remember())
     for turn in (2, 3):
         turned = one.turn(turn, 1)
         assert turned.payload is None
@@ -446,7 +446,7 @@ def test_a_turn_that_meets_nan_is_dropped_whole_and_three_stop_the_training(user
     assert one.fingerprint() == before[0]
     assert torch.equal(one.exchange.feedback.residual, before[1])
     assert one.exchange.owner == before[2]
-    assert repr(one._learner.inner.remember()) == optimizer
+    assert repr(one._inners["inner"].remember()) == optimizer
     module.Explosive.fuse = 100
     assert one.turn(4, 1).payload
     module.Explosive.fuse = 0
