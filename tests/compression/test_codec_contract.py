@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.codecs import VARIANTS
 
 from shoal.compression import codec
-from shoal.compression.codec import Decoded, PayloadError
+from shoal.compression.codec import Combination, Contribution, Origin, PayloadError, written
+from shoal.compression.codecs.subspace import Subspace
 from shoal.compression.settings import SettingError
 
 every = pytest.mark.parametrize(
@@ -43,7 +44,12 @@ def awkward(size: int) -> list[torch.Tensor]:
     ]
 
 
-def same(a: Decoded, b: Decoded) -> bool:
+def same(first: Contribution, second: Contribution) -> bool:
+    if isinstance(first, Combination):
+        assert isinstance(second, Combination)
+        assert torch.equal(first.keys, second.keys)
+        assert torch.equal(first.coefficients, second.coefficients)
+    a, b = written(first), written(second)
     assert a.size == b.size
     assert (a.indices is None) == (b.indices is None)
     equal = torch.equal(a.values, b.values)
@@ -55,6 +61,13 @@ def unbiased(part: codec.Codec) -> bool:
     return bool(getattr(part, "unbiased", False))
 
 
+def within(part: codec.Codec, x: torch.Tensor) -> torch.Tensor:
+    """Return the vector, or what of it lies where a codec that sends a subspace alone can go."""
+    if not isinstance(part, Subspace):
+        return x
+    return part.spread(part.gather(x, mean=True), len(x))
+
+
 @every
 @pytest.mark.parametrize("size", SIZES)
 def test_the_payload_decodes_to_what_encode_returned(
@@ -63,8 +76,8 @@ def test_the_payload_decodes_to_what_encode_returned(
     part = codec.make(name, options)
     for x in awkward(size):
         payload, decoded = part.encode(x)
-        again = part.decode(payload, size)
-        assert same(again, decoded)
+        assert same(part.decode(payload, size), decoded)
+        again = written(part.decode(payload, size))
         assert len(payload) <= part.bound(size)
         assert again.dense().shape == (size,)
         if not part.inexact:
@@ -91,10 +104,11 @@ def test_the_residual_of_a_residual_goes_to_zero(name: str, options: dict[str, A
     part = codec.make(name, options)
     if unbiased(part):
         pytest.skip("right on average, not in the end")
-    x = gaussian(2048, scale=1000).round()
+    x = within(part, gaussian(2048, scale=1000)).round()
     left, sent = x.clone(), torch.zeros(2048)
-    for turn in range(400):
-        decoded = part.encode(left, key=turn).decoded.dense()
+    for turn in range(1000):
+        here = codec.at(part, Origin(turn=turn + 1))
+        decoded = here.encode(left, key=turn).decoded.dense()
         left, sent = left - decoded, sent + decoded
         if float(left.norm()) < 0.15 * float(x.norm()):
             break
@@ -183,12 +197,16 @@ def test_other_lengths_than_the_payloads_are_refused(name: str, options: dict[st
     part = codec.make(name, options)
     payload = part.encode(gaussian(5000)).payload
     for cut in (0, 1, 2, len(payload) // 2, len(payload) - 1):
+        if cut and codec.directed(name):
+            continue  # fewer steps, or refused: tests of their own
         with pytest.raises(PayloadError):
             part.decode(payload[:cut], 5000)
     for tail in (b"\0", b"\1", bytes(100)):
         with pytest.raises(PayloadError):
             part.decode(payload + tail, 5000)
     for size in (1, 700, 9300, 10**6):
+        if part.bound(size) == part.bound(5000):
+            continue  # bytes do not depend on the size
         with pytest.raises(PayloadError):
             part.decode(payload, size)
 
@@ -236,6 +254,8 @@ def test_decoding_takes_no_more_memory_than_the_size_allows(
     """A short payload for a huge size is refused by its length, before anything is allocated."""
     part = codec.make(name, options)
     payload = part.encode(gaussian(100)).payload
+    if part.bound(100) == part.bound(2_000_000):
+        pytest.skip("bytes do not depend on the size")
     with pytest.raises(PayloadError):
         part.decode(payload, 2_000_000)
 

@@ -64,11 +64,11 @@ def check(part: Any, payload: bytes, size: int) -> None:
 def outcome(part: Any, payload: bytes, size: int, *, compiled: bool) -> Any:
     """Return what the payload decodes to, or None if it is refused."""
     from shoal.compression import parallel
-    from shoal.compression.codec import PayloadError
+    from shoal.compression.codec import PayloadError, written
 
     parallel.LARGE = parallel.LOADED = 1 if compiled else 1 << 62
     try:
-        return part.decode(payload, size)
+        return written(part.decode(payload, size))
     except PayloadError:
         return None
 

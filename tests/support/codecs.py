@@ -31,4 +31,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("kmeans", {"encoding": "positions"}),
     ("kmeans", {"centroids": 2, "encoding": "gaps"}),
     ("lowrank", {"bits": 8, "entropy": "none"}),
+    ("scalar", {"directions": "common", "perturbations": 40, "exponent": 2}),
+    ("scalar", {"directions": "pool", "perturbations": 64, "exponent": 3}),
+    ("scalar", {"directions": "pool", "sampling": "pro", "pool": 5000, "perturbations": 77}),
+    ("projection", {"coefficients": 64, "block": 4096}),
+    ("projection", {"coefficients": 150, "block": 500}),
+    ("subspace", {"bits": 4, "dimension": 100}),
+    ("subspace", {"dimension": 4000, "entropy": "none"}),
 ]
