@@ -32,7 +32,9 @@ def added(parts: Sequence[Contribution]) -> Contribution | None:
 
 def difference(new: Contribution | None, old: Contribution | None) -> Contribution | None:
     """Return new - old, where None is zero; None when they are surely equal."""
-    if new is old or old is None:
+    if new is old:
+        return None
+    if old is None:
         return new
     negative = negated(old)
     if new is None:
