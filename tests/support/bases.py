@@ -1,6 +1,8 @@
 """Tiny models in Hugging Face's format, with random weights and tokens of single bytes."""
 
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,6 +48,17 @@ def gpt2(folder: Path, *, seed: int = 0, words: Any = None, **changed: Any) -> P
     ends = {"bos_token_id": None, "eos_token_id": 256}
     config = GPT2Config(**{"vocab_size": 257, **ends, **GPT2, **changed})
     return _save(folder, GPT2LMHeadModel, config, seed, words)
+
+
+def script(name: str) -> ModuleType:
+    """Return one of the scripts in deploy/ as a module."""
+    path = Path(__file__).resolve().parents[2] / "deploy" / f"{name}.py"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _save(folder: Path, kind: Any, config: Any, seed: int, words: Any) -> Path:

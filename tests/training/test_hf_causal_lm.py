@@ -372,10 +372,9 @@ def test_it_learns_and_what_is_exported_is_a_model_for_transformers(
     after = one.evaluate()
     assert after < before - 0.3
     one.export(tmp_path / "model.safetensors", {"run": json.dumps(tables)})
-    script = Path(__file__).resolve().parents[2] / "deploy" / "to_hugging_face.py"
-    argv = [sys.executable, str(script), "model.safetensors", "tuned", "--base", str(base)]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    bases.script("to_hugging_face").convert(
+        tmp_path / "model.safetensors", tmp_path / "tuned", base=str(base)
+    )
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert not any("lora" in name for name in tuned.state_dict())
     x = torch.arange(50)[None]
