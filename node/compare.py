@@ -357,7 +357,7 @@ def _check(job: Job) -> None:
         raise ConfigError(f"{job.name}: {error}") from error
     if not spec.run.turns:
         raise ConfigError(f"{job.name} goes on for ever; say where to stop: --turns 10")
-    if not spec.local.steps:
+    if not spec.local.steps and any(plane.by_time for plane in spec.planes):
         raise ConfigError(f"{job.name} takes turns by the clock; say how long one is: --steps 30")
 
 

@@ -166,7 +166,7 @@ def rehearse(
         founding = workers.found()
     except RunError as error:
         raise ConfigError(str(error)) from error
-    if not spec.local.steps:
+    if not spec.local.steps and any(plane.by_time for plane in spec.planes):
         raise ConfigError(
             "turn_seconds follows the clock, which a simulation has not: set local.steps instead"
         )

@@ -43,6 +43,11 @@ class Plane:
     every: int = 1
     """It has every so manyth turn, but for those of the planes before it."""
 
+    @property
+    def by_time(self) -> bool:
+        """Say whether the steps of a turn may be as many as fit its time."""
+        return isinstance(self.author, FeedbackSettings)
+
     def sized(self, parameters: int, quantum_bits: int, peers: int) -> "Plane":
         """Return the plane with a learning rate for a model of this size, if it has none."""
         if not isinstance(self.author, WalkSettings) or self.author.lr:
@@ -120,8 +125,6 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
     local = _table(tables.Local, given, "local")
     exchange = _table(tables.Exchange, given, "exchange")
     swarm = _table(tables.Swarm, given, "swarm")
-    if exchange.pace == "lockstep" and not local.steps:
-        raise SettingError("exchange.pace = 'lockstep' needs a fixed local.steps")
     exchange = replace(exchange, rule=turn_rule.filled(exchange.rule))
     inner, curve = _optimizer(local.optimizer, run.turns)
     if reason := control.ledger(exchange.control):
@@ -129,6 +132,8 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
             f"exchange.control = {exchange.control!r} cannot be used with the ledger: {reason}"
         )
     planes = _planes(exchange, swarm.min_peers)
+    if exchange.pace == "lockstep" and not local.steps and any(p.by_time for p in planes):
+        raise SettingError("exchange.pace = 'lockstep' needs a fixed local.steps")
     _check_rule(exchange.rule, planes)
     return RunSpec(
         run=run,

@@ -461,16 +461,17 @@ class Trainer:
     def _steps(self, plane: int) -> int:
         """Return how many steps a turn takes: a fixed number, or as many as fit its time.
 
-        Of steps along directions there are as many as an update says, and that is their number.
+        Of steps along directions there are as many as an update may say.
         """
         local, part = self._spec.local, self.exchange.rules.planes[plane].fragments[0].codec
-        most = part.perturbations if isinstance(part, codec.Directed) else 0
+        if isinstance(part, codec.Directed):
+            return part.perturbations
         if local.steps:
-            return most or local.steps
+            return local.steps
         fitting = local.min_steps
         if seconds := self._seconds_per_step[plane]:
             fitting = max(fitting, min(local.max_steps, round(local.turn_seconds / seconds)))
-        return min(most, fitting) if most else fitting
+        return fitting
 
     def _measure_quickly(self) -> float:
         return self._measure(self.exchange, thorough=False)
