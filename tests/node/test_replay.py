@@ -74,6 +74,7 @@ class Trained:
     early: tuple[int, str, str] = (0, "", "")
     """Updates, frontier hash and fingerprint when the early checkpoint was written."""
     evaluation: float = 0.0
+    kind: str = "dense"
 
     def author(self, which: int) -> Author:
         return Author(self.identities[which].peer, 7 + which)
@@ -87,7 +88,7 @@ class Trained:
     def update(self, which: int, number: int, turn: int, data: bytes, **changes: Any) -> Update:
         author = self.author(which)
         return replace(
-            Update(author, number, turn, "dense", digest(data), len(data), data), **changes
+            Update(author, number, turn, self.kind, digest(data), len(data), data), **changes
         )
 
     def copy(self, target: Path) -> "Trained":
@@ -98,10 +99,11 @@ class Trained:
 class Making:
     """Trains `TURNS` turns, with one worker for each author and the log of the first."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **exchange: Any) -> None:
         self.home = Home(path)
+        tables = {**TABLES, "exchange": {**TABLES["exchange"], **exchange}}
         identities = sorted((Identity.generate() for _ in range(3)), key=lambda i: i.peer)
-        founded = ask(Duties(), pipe.Found(pipe.Setup(TABLES, identities[0].peer, device="cpu")))
+        founded = ask(Duties(), pipe.Found(pipe.Setup(tables, identities[0].peer, device="cpu")))
         made = genesis.found(
             founded.run,
             parameters=founded.parameters,
@@ -112,14 +114,14 @@ class Making:
             founder=identities[0].peer,
         )
         self.home.keep(made)
-        self.this = Trained(path, made, identities)
+        self.this = Trained(path, made, identities, kind=tables["exchange"]["update"]["kind"])
         self.store = Store.open(self.home.log, Limits(), run=made.run_id)
         self.frontier = Frontier()
         self.workers = [Duties() for _ in identities]
         for which, worker in enumerate(self.workers):
             initial = self.home.initial if which == 0 else path.with_name(f"initial-{which}")
             opening = pipe.Open(
-                pipe.Setup(founded.run, identities[which].peer, device="cpu"),
+                pipe.Setup(founded.run, identities[which].peer, made.run_id, device="cpu"),
                 founded.parameters,
                 founded.layout,
                 founded.initial_root,
@@ -184,7 +186,7 @@ class Making:
         taken = list(range(TURNS, CLOSED - 1, -1))
         bodies = [this.payloads[EVE, n] for n in taken]
         items = [
-            pipe.Item(*eve, n, n, "dense", len(body), len(body))
+            pipe.Item(*eve, n, n, this.kind, len(body), len(body))
             for n, body in zip(taken, bodies, strict=True)
         ]
         done = ask(self.workers[0], pipe.Subtract(items), *bodies)
@@ -203,6 +205,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     making = Making(tmp_path_factory.mktemp("replay") / "tiny")
     making.train()
     making.break_rules()
+    making.equivocate()
+    return making.end()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        {"rule": "median", "update": {"kind": "scalar", "directions": "common", "lr": 0.02}},
+        {"rule": "clip_norm"},
+    ],
+    ids=["median", "clip_norm"],
+)
+def ruled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Where what an update adds depends on the others of its turn."""
+    making = Making(tmp_path_factory.mktemp("ruled") / "tiny", **request.param)
+    making.train()
     making.equivocate()
     return making.end()
 
@@ -303,6 +321,29 @@ def test_a_checkpoint_from_before_a_proof_agrees_at_its_own_frontier(
         updates, _, fingerprint = copied.early
         assert (checkpoint["agrees"], checkpoint["updates"]) == (True, updates)
         assert checkpoint["stated"] == checkpoint["rebuilt"] == fingerprint != copied.fingerprint
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--batch 1", "--shuffle 1", "--shuffle 2 --batch 1", "--shuffle 3 --batch 7"]
+)
+@pytest.mark.parametrize("early", [False, True])
+def test_under_a_turn_rule_order_batches_and_the_way_there_and_back_change_nothing(
+    ruled: Trained,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    early: bool,
+) -> None:
+    """With the early checkpoint the model goes past a closing, and back to what counts."""
+    this = ruled.copy(tmp_path / "tiny")
+    if early:
+        shutil.copy(this.path / "early", Home(this.path, readonly=True).checkpoint)
+    code, found = replayed(capsys, this.path, *flags.split())
+    assert (code, found["agrees"], found["wrong"], found["refused"]) == (0, True, [], {})
+    assert found["fingerprint"] == this.fingerprint
+    [checkpoint] = found["compared"]
+    assert checkpoint["agrees"]
+    assert checkpoint["stated"] == (this.early[2] if early else this.fingerprint)
 
 
 def test_nothing_is_written_and_no_lock_is_needed(
