@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from shoal.node import pipe
+from shoal.gossip.records import Update
+from shoal.node import pipe, rehearsal
 from shoal.node.duties import Duties
 from shoal.node.pipe import Item
+from shoal.node.simulate import Fault, Network, SimPeer
 from shoal.training import ledger, payloads
+from shoal.training.trainer import Trainer
 
 TURNS, LATE = 6, 3
 PEERS = [bytes([i]) * 32 for i in (1, 2, 3, 4)]
@@ -178,3 +181,53 @@ def test_the_run_file_of_a_founded_run_names_the_rule_in_full(swarm: Swarm) -> N
     rule = swarm.founded.run["exchange"]["rule"]
     assert isinstance(rule, dict)
     assert json.loads(json.dumps(rule)) == rule
+
+
+# ---------------------------------------------------------------- a whole swarm
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("name", ["median", "clip-scalars", "clip-sparse"])
+def test_what_a_partition_kept_back_reaches_old_turns_bit_for_bit(name: str) -> None:
+    """Two peers train on alone; when they are back, every model is that of the set of updates."""
+    run = tables(RUNS[name], turns=12)
+    simulator = rehearsal.rehearse(run, 4, seed=2, network=Network(duplicate=0.1))
+    for fault in (
+        *Fault.partition({2, 3}, at=0.4, to=6.0),
+        *Fault.kill_worker(peer=1, at=7.0, to=8.0),
+    ):
+        simulator._push(fault.at, fault.peer, fault)
+    assert simulator.run(300.0, rehearsal.done)
+    simulator.run(simulator.now + 30)
+    peers = simulator.living()
+    late = [turns_of(peer, other) for peer in peers for other in peers if other is not peer]
+    assert any(arrived[0] > 2 for arrived in late), "some turns came after later ones"
+    logs = [
+        [simulator._arrived(peer, key) for key in sorted(peer.records)]  # by author, not by turn
+        for peer in peers
+    ]
+    fresh = simulator._make_worker(simulator, 0)
+    fresh.apply(logs[0], sign=+1)
+    prints = {peer.worker.fingerprint() for peer in peers}
+    assert prints == {fresh.fingerprint()}
+    models = [worker_of(peer.worker).exchange.snapshot() for peer in peers]
+    assert set(models) == {worker_of(fresh).exchange.snapshot()}
+    assert {peer.core.agrees() for peer in peers} == {True}
+    assert not any(peer.core.counters.get("disagreement") for peer in peers)
+
+
+def worker_of(worker: object) -> Trainer:
+    assert isinstance(worker, rehearsal.TrainingWorker)
+    return worker.trainer
+
+
+def turns_of(peer: SimPeer, other: SimPeer) -> tuple[int, ...]:
+    """Return, over the updates of `other`, by how many turns each came late to `peer`."""
+    newest, behind = 0, [0]
+    for record in peer.records.values():
+        update = record.statement
+        assert isinstance(update, Update)
+        if update.author.peer == other.id:
+            behind.append(newest - update.turn)
+        newest = max(newest, update.turn)
+    return tuple(sorted(behind, reverse=True))
