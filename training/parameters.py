@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shoal.compression import perturbation
 from shoal.compression.settings import SettingError
 
-_SLAB = 1 << 20
+_SLAB = 1 << 18
 """Elements converted at a time on the CPU: what its caches hold …"""
 _SLAB_CUDA = 1 << 24
 """… and elsewhere."""
@@ -110,12 +110,9 @@ class Parameters:
     def write_integers(
         self, integers_D: Tensor, quantum_bits: int, *, key: int = 0, scale: float = 0.0
     ) -> None:
-        """Set the model to q · integers + scale · z(key), without a vector of its size (`fill`)."""
-        start = 0
-        for p, size in zip(self.named.values(), self._sizes, strict=True):
-            part = integers_D[start : start + size]
-            fill(p, part, quantum_bits, start=start, key=key, scale=scale)
-            start += size
+        """Set the model to q · integers + scale · z(key), without a vector of its size."""
+        tensors = list(self.named.values())
+        write_integers(tensors, integers_D, quantum_bits, key=key, scale=scale)
 
     def split(self, x_D: Tensor) -> dict[str, Tensor]:
         """Return a vector as named tensors of the right shapes."""
@@ -125,8 +122,8 @@ class Parameters:
 
 
 @torch.no_grad()
-def fill(
-    tensor: Tensor,
+def write_integers(
+    tensors: Sequence[Tensor],
     integers_N: Tensor,
     quantum_bits: int,
     *,
@@ -134,24 +131,30 @@ def fill(
     key: int = 0,
     scale: float = 0.0,
 ) -> None:
-    """Set a tensor of N elements to q · integers + scale · z(key), z from its element `start`.
+    """Set tensors, one after the other N elements, to q · integers + scale · z(key).
 
-    In float32, rounded once after each of the two, and only then to the tensor's own type: the same
-    on every device, and whatever the tensor held before leaves no trace. Integers lie on the
-    tensor's device.
+    z begins with its element `start`. In float32, rounded once after each of the two, and only then
+    to a tensor's own type: the same on every device, and what was there before leaves no trace.
+    Integers lie on the tensors' device.
     """
-    flat_N = tensor.detach().reshape(-1)
-    slab = _SLAB if tensor.device.type == "cpu" else _SLAB_CUDA
+    slab = _SLAB if integers_N.device.type == "cpu" else _SLAB_CUDA
+    flats = [tensor.detach().reshape(-1) for tensor in tensors]
+    ends = list(itertools.accumulate(map(len, flats)))
+    number = 0
     for low in range(0, len(integers_N), slab):
-        part, target = integers_N[low : low + slab], flat_N[low : low + slab]
-        floats = target.copy_(part) if target.dtype == torch.float32 else part.to(torch.float32)
-        floats.mul_(2.0**-quantum_bits)
+        floats = integers_N[low : low + slab].to(torch.float32).mul_(2.0**-quantum_bits)
         if scale:
             perturbation.perturb(floats, key, scale, start=start + low)
-        if floats is not target:
-            target.copy_(floats)
-    if not tensor.is_contiguous():
-        tensor.copy_(flat_N.view(tensor.shape))
+        at = 0
+        while at < len(floats):
+            here = low + at - (ends[number] - len(flats[number]))
+            part = flats[number][here : here + len(floats) - at]
+            part.copy_(floats[at : at + len(part)])
+            at += len(part)
+            number += low + at == ends[number]
+    for tensor, flat in zip(tensors, flats, strict=True):
+        if not tensor.is_contiguous():  # then the flat one is a copy
+            tensor.copy_(flat.view(tensor.shape))
 
 
 def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
