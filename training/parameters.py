@@ -102,6 +102,19 @@ class Parameters:
         return torch.cat([p.detach().reshape(-1).float() for p in self.named.values()])
 
     @torch.no_grad()
+    def gradients(self) -> Tensor:
+        """Return the vector of the model's gradients, zero where there is none, and clear them."""
+        parts = [
+            torch.zeros(p.numel(), device=p.device)
+            if p.grad is None
+            else p.grad.reshape(-1).float()
+            for p in self.named.values()
+        ]
+        for p in self.named.values():
+            p.grad = None
+        return torch.cat(parts)
+
+    @torch.no_grad()
     def write(self, x_D: Tensor) -> None:
         """Set the model to the values of a vector."""
         for p, part in zip(self.named.values(), x_D.split(self._sizes), strict=True):  # type: ignore[no-untyped-call]

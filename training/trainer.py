@@ -25,6 +25,7 @@ from shoal.training.fingerprint import Lanes
 from shoal.training.forwards import Forwards, Resident
 from shoal.training.method import Method, Tools
 from shoal.training.methods.gradient import Gradient
+from shoal.training.methods.subspace import Spanning, Subspace
 from shoal.training.methods.zeroth_order import ZerothOrder
 from shoal.training.parameters import Parameters
 from shoal.training.pool import Pool
@@ -434,9 +435,20 @@ class Trainer:
         author = self._spec.planes[plane].author
         if isinstance(author, WalkSettings):
             return ZerothOrder(self._tools, self._forwards, author)
+        fragments = self.exchange.rules.planes[plane].fragments
+        if isinstance(part := fragments[0].codec, Spanning):
+            if len(fragments) > 1:
+                raise SettingError("a subspace is one of the whole model: leave fragments out")
+            return self._subspace(f"plane{plane}", part.dimensions(self.parameters))
         if "inner" not in self._inners:
             self._inners["inner"] = self._inner()
         return Gradient(self._tools, self._inners["inner"])
+
+    def _subspace(self, place: str, dimensions: int) -> Method:
+        u_D = nn.Parameter(torch.zeros(dimensions, device=self.exchange.integers().device))
+        part = optimizer.make(self._spec.optimizer.name, self._spec.optimizer.options)
+        self._inners[place] = optimizer.Inner(part.build({"u": u_D}, frozenset()))
+        return Subspace(self._tools, self._inners[place], u_D)
 
     def _plan(self, turn: int, weight: float, *, publish: bool = True) -> Plan:
         rules = self.exchange.rules

@@ -52,11 +52,11 @@ class Gradient:
                 loss = tools.task.loss(tools.model, next(batches))
                 losses.append(loss.detach())
                 loss.backward()  # type: ignore[no-untyped-call]
-                self.inner.step()
+                self.step()
         self.inner.finish()
         mean = float(torch.stack(losses).mean())
         seconds = tools.clock() - started
-        delta_D = tools.parameters.read() - start_D
+        delta_D = self.change(start_D)
         if tools.buffers == "refuse" and (
             changed := parameters.changed_buffers(tools.model, buffers)
         ):
@@ -68,3 +68,11 @@ class Gradient:
         if problem:
             parameters.restore_buffers(tools.model, buffers)
         return Lesson(delta_D, mean, steps, seconds, problem)
+
+    def step(self) -> None:
+        """Move the model by the gradients that it has, and clear them."""
+        self.inner.step()
+
+    def change(self, start_D: Tensor) -> Tensor:
+        """Return by how much the model moved."""
+        return self._tools.parameters.read() - start_D
