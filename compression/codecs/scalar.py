@@ -261,7 +261,6 @@ def _weighted(words: Tensor, weights: Tensor, count: int) -> Tensor:
     if not weight_K.max() > 0:
         raise ValueError("all weights are zero: no seed can be drawn")
     sums_K = np.cumsum(weight_K / weight_K.max())  # one after the other: no order to choose
-    at_S = splitmix.shift(words, 11).numpy() * 2.0**-53 * sums_K[-1]
-    last = int(np.flatnonzero(weight_K)[-1])
-    found = np.searchsorted(sums_K, at_S, side="right")  # a weight of zero has no room
-    return torch.from_numpy(np.minimum(found, last)).to(torch.int64)
+    at_S = splitmix.shift(words, 11).numpy() * 2.0**-53 * sums_K[-1]  # below the last sum
+    # A weight of zero has no room, not even at its beginning.
+    return torch.from_numpy(np.searchsorted(sums_K, at_S, side="right")).to(torch.int64)

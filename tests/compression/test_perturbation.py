@@ -278,6 +278,34 @@ def test_projections_hold_the_largest_sums(path: str) -> None:
     assert perturbation.project(along, [5]).tolist() == [(2**31 - 1) * 10_000 + minus]
 
 
+@pytest.mark.parametrize("scale", [1.0, 3e-3, 1e30, 1e-12])
+def test_products_with_floats_are_those_of_the_nearest_integers(path: str, scale: float) -> None:
+    """Within 30 bits of the largest, and of 2⁻²⁴; whatever the parts that are taken at a time."""
+    size, start, keys = 5000, 130, [KNOWN, 5, 2**64 - 1]
+    x = torch.randn(size, generator=torch.Generator().manual_seed(2)) * scale
+    z = np.array([oracle(key, size, start) for key in keys])
+    power = perturbation.exponent(x)
+    largest = float(x.abs().max()) * 2.0**power
+    assert power == 24 or 2**29 <= largest < 2**30
+    assert power == 24 if scale < 1 else power < 30
+    rounded = np.round(x.double().numpy() * 2.0**power).astype(np.int64)
+    assert np.array_equal(perturbation.whole(x, power).numpy(), rounded)
+    found = perturbation.along(x, keys, start=start)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [float(int(p)) * 2.0**-power for p in z @ rounded]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perturbation, "_PART", 999)
+        assert torch.equal(perturbation.along(x, keys, start=start), found)
+
+
+def test_products_with_what_is_no_number_are_refused() -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            perturbation.along(torch.tensor([1.0, bad, 2.0]), [1])
+    tiny = torch.full((100,), 1e-45)
+    assert perturbation.along(tiny, [1]).tolist() == [0]
+
+
 def test_nothing_along_nothing(path: str) -> None:
     total = integers(9000)
     before = total.clone()

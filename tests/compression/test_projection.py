@@ -280,6 +280,14 @@ def test_what_is_too_large_is_cut_within_int32(value: float) -> None:
     assert float(one[0]) == pytest.approx(max(-(2.0**31), min(value, 2.0**31)), rel=0.11)
 
 
+def test_an_exponent_is_no_larger_than_it_need_be() -> None:
+    """Of one element the coefficient is the element itself, but for its sign."""
+    part = make({})
+    for value, power, q in ((127.4, 0, 127), (127.5, 1, 64), (254.9, 1, 127), (255, 2, 64)):
+        found = part.unpack(part.encode(torch.tensor([float(value)])).payload, 1)
+        assert (found.exponents, found.mantissas[0].abs().tolist()) == ([power], [q])
+
+
 # ---------------------------------------------------------------- what does not fit
 
 

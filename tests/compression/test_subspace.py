@@ -166,6 +166,14 @@ def test_any_number_of_threads_gives_the_same_numbers() -> None:
     assert found[0][1] == found[1][1]
 
 
+def test_long_vectors_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, x = make({"dimension": 9}), gaussian(1000)
+    whole = part.gather(x)
+    monkeypatch.setattr(subspace, "_SLAB", 300)
+    subspace._buckets.cache_clear()
+    assert torch.equal(part.gather(x), whole)
+
+
 def test_tables_are_made_once_and_few_are_kept() -> None:
     subspace._buckets.cache_clear()
     for turn in range(3):
