@@ -28,7 +28,7 @@ class Point(nn.Module):
 
     def __init__(self, *parts: Sequence[float] | Tensor) -> None:
         super().__init__()
-        self.parts = nn.ParameterList([torch.as_tensor(part).float() for part in parts])
+        self.parts = nn.ParameterList([torch.as_tensor(part).float().clone() for part in parts])
 
 
 class Valley:
