@@ -18,6 +18,9 @@ Int = Any
 
 WORDS = 64
 TILE = 64 * WORDS
+FEW_WORDS = 16
+FEW = 64 * FEW_WORDS
+"""Of a tile that has company in the cache."""
 
 float32: Any = np.float32
 int32: Any = np.int32
@@ -69,6 +72,71 @@ def accumulate(
         for i in range(count):
             out[i] += sums[i]
         at += count
+
+
+@compiled
+def each(
+    start: Int,
+    end: Int,
+    total: Array,
+    first: Int,
+    keys: Array,
+    change: Array,
+    base: Array,
+    ends: Array,
+    place: Int,
+    key0: Int,
+    key1: Int,
+) -> Array:
+    """Add many sums, return both lanes of each; twin: `perturbation.accumulate_each` in torch."""
+    found = np.zeros((len(ends), 2), np.uint64)
+    word = np.empty(FEW_WORDS, np.uint64)
+    half = word.view(np.uint32)
+    tile, held = np.empty(FEW, np.int32), np.empty(FEW, np.int32)
+    tile0, tile1 = np.empty(FEW, np.uint64), np.empty(FEW, np.uint64)
+    at = start
+    while at < end:
+        skip = (first + at) % 64
+        count = min(end - at, FEW - skip)
+        tile0[:], tile1[:], held[:] = uint64(0), uint64(0), int32(0)
+        step = uint64(place + at + 1) * _STEP
+        odd0, odd1 = tile0[skip : skip + count], tile1[skip : skip + count]
+        for i in range(count):
+            odd0[i] = _odd(step + uint64(i) * _STEP + key0)
+            odd1[i] = _odd(step + uint64(i) * _STEP + key1)
+        k = 0
+        for u in range(len(ends)):
+            tile[:] = base[u]
+            while k < ends[u]:
+                _hash(keys[k], (first + at) // 64, word)
+                a = change[k]
+                for h in range(2 * FEW_WORDS):
+                    bits = half[h]
+                    part = tile[32 * h : 32 * h + 32]
+                    for j in range(32):
+                        part[j] += a if bits & _BIT32[j] else int32(0)
+                k += 1
+            sum0 = sum1 = uint64(0)
+            for i in range(FEW):
+                v = uint64(int64(tile[i]))
+                sum0 += v * tile0[i]
+                sum1 += v * tile1[i]
+                held[i] += tile[i]
+            found[u, 0] += sum0
+            found[u, 1] += sum1
+        out, sums = total[at : at + count], held[skip : skip + count]
+        for i in range(count):
+            out[i] += sums[i]
+        at += count
+    return found
+
+
+@compiled
+def _odd(z: Int) -> Int:
+    """Return the finaliser of SplitMix64, made odd."""
+    z = (z ^ (z >> _30)) * _MUL1
+    z = (z ^ (z >> _27)) * _MUL2
+    return (z ^ (z >> _31)) | uint64(1)
 
 
 @compiled

@@ -10,7 +10,7 @@ simultaneous perturbation gradient approximation", 1992; Malladi et al., "Fine-t
 models with just forward passes", 2023). Sums along them, Σ_k a_k · z(key_k) and Σ_i x_i · z_i, are
 of integers: the order of seeds, batches and threads leaves no trace.
 
-D: parameters, K: keys, G: keys taken at once, W: words of 64 signs.
+D: parameters, K: keys, G: keys taken at once, N: sums, W: words of 64 signs.
 """
 
 import hashlib
@@ -95,6 +95,51 @@ def accumulate(total_D: Tensor, keys: Integers, coefficients: Integers, *, start
         z_GD = _masks(_tensor(keys_K[some], part_D.device), start + begin, len(part_D))
         for z_D, a in zip(z_GD.bitwise_or_(1), a_K[some].tolist(), strict=True):
             part_D.add_(z_D, alpha=a)  # int32 wraps
+
+
+def accumulate_each(
+    total_D: Tensor,
+    keys: Integers,
+    coefficients: Integers,
+    counts: Sequence[int],
+    lanes: tuple[int, int],
+    *,
+    start: int = 0,
+    place: int = 0,
+) -> Tensor:
+    """Do as `accumulate`, and say what was added sum by sum; return int64[N, 2] on the CPU.
+
+    The first `counts[0]` keys are of one sum, the next `counts[1]` of another … Of each, as int32
+    elements v (modulo 2³²), it is Σ_i v_i · r(place + i) modulo 2⁶⁴, where r(i) = out(i) | 1 of
+    SplitMix64 under each of the keys `lanes`: the fingerprint of a vector that begins at `place` of
+    the model. Still one pass over memory. Raise ValueError as `accumulate`.
+    """
+    _check(total_D, torch.int32, start)
+    keys_K, a_K = _unsigned(keys), _coefficients(coefficients)
+    if not len(keys_K) == len(a_K) == sum(counts):
+        raise ValueError(f"{len(keys_K)} keys, {len(a_K)} coefficients, and {sum(counts)} wanted")
+    ends_N = np.cumsum(np.array(counts, np.int64))
+    if loops := _loops(total_D, len(keys_K)):
+        before_K = np.concatenate(([0], np.cumsum(a_K)))
+        base_N = np.diff(before_K[ends_N], prepend=0).astype(np.int32)
+        change_K = (-2 * a_K).astype(np.int32)
+        sums = (keys_K, change_K, base_N, ends_N)
+        hashes = (np.uint64(lanes[0]), np.uint64(lanes[1]))
+        parts = parallel.ranges(
+            loops.each, len(total_D), total_D.numpy(), start, *sums, place, *hashes
+        )
+        return torch.from_numpy(np.sum(parts, axis=0, dtype=np.uint64).view(np.int64))
+    found_N2 = torch.zeros(len(ends_N), 2, dtype=torch.int64, device=total_D.device)
+    for begin, part_D in _slabs(total_D):
+        index_D = torch.arange(len(part_D), dtype=torch.int64, device=part_D.device)
+        odd_2D = [splitmix.at(key, index_D + (place + begin)) | 1 for key in lanes]
+        for n, end in enumerate(ends_N.tolist()):
+            some = slice(end - counts[n], end)
+            sum_D = torch.zeros_like(part_D)
+            accumulate(sum_D, _tensor(keys_K[some], "cpu"), a_K[some].tolist(), start=start + begin)
+            part_D += sum_D
+            found_N2[n] += torch.stack([(sum_D * odd_D).sum() for odd_D in odd_2D])
+    return found_N2.cpu()
 
 
 def project(x_D: Tensor, keys: Integers, *, start: int = 0) -> Tensor:

@@ -278,6 +278,87 @@ def test_projections_hold_the_largest_sums(path: str) -> None:
     assert perturbation.project(along, [5]).tolist() == [(2**31 - 1) * 10_000 + minus]
 
 
+LANES = (0x73686F616C2D6630, 0x73686F616C2D6631)
+
+
+def hashes(v: NDArray[np.int64], place: int) -> list[int]:
+    """Return both lanes of a vector that begins at `place`, in Python's own integers."""
+    index = np.arange(place + 1, place + 1 + len(v), dtype=np.uint64)
+    found = []
+    for lane in LANES:
+        r = np.uint64(lane) + index * np.uint64(0x9E3779B97F4A7C15)
+        r = (r ^ (r >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        r = (r ^ (r >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        r = (r ^ (r >> np.uint64(31))) | np.uint64(1)
+        total = sum(a * b for a, b in zip(v.tolist(), r.tolist(), strict=True))
+        found.append((total + 2**63) % 2**64 - 2**63)
+    return found
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sums=st.lists(st.lists(st.tuples(KEYS, COEFFICIENTS), max_size=4), max_size=5),
+    size=SIZES,
+    start=STARTS,
+    place=STARTS,
+    data=st.data(),
+)
+def test_many_sums_at_once_are_each_accounted_for(
+    sums: list[list[tuple[int, int]]], size: int, start: int, place: int, data: st.DataObject
+) -> None:
+    pairs = [pair for one in sums for pair in one]
+    keys, coefficients = [k for k, _ in pairs], [a for _, a in pairs]
+    before = integers(size, data.draw(st.integers(0, 9)))
+    each = []
+    for one in sums:
+        v = sum((a * oracle(k, size, start) for k, a in one), np.zeros(size, np.int64))
+        each.append(v.astype(np.int32).astype(np.int64))  # as the vector written out is: it wraps
+    wanted = (before.numpy() + sum(each, np.zeros(size, np.int64))).astype(np.int32)
+    for path in ("torch", "compiled"):
+        total = before.clone()
+        with pytest.MonkeyPatch.context() as patch:
+            take(patch, path)
+            found = perturbation.accumulate_each(
+                total, keys, coefficients, [len(s) for s in sums], LANES, start=start, place=place
+            )
+        assert np.array_equal(total.numpy(), wanted), path
+        assert found.shape == (len(sums), 2)
+        assert found.tolist() == [hashes(v, place) for v in each], path
+
+
+def test_many_sums_along_a_long_vector(threads: int) -> None:
+    size, start, place = perturbation._SLAB + 12_345, 1_000_003, 77
+    keys, coefficients = splitmix.words(3, 9), integers(9, 1) >> 8
+    total, wanted = integers(size), integers(size)
+    perturbation.accumulate(wanted, keys, coefficients, start=start)
+    found = []
+    for path in ("torch", "compiled"):
+        total = integers(size)
+        with pytest.MonkeyPatch.context() as patch:
+            take(patch, path)
+            found.append(
+                perturbation.accumulate_each(
+                    total, keys, coefficients, [1, 5, 0, 3], LANES, start=start, place=place
+                )
+            )
+        assert torch.equal(total, wanted), path
+    assert torch.equal(found[0], found[1])
+    assert found[0][2].tolist() == [0, 0]
+    v = sum(
+        a * oracle(k % 2**64, size, start)
+        for k, a in zip(keys[6:].tolist(), coefficients[6:].tolist(), strict=True)
+    )
+    assert found[0][3].tolist() == hashes(v, place)
+
+
+@pytest.mark.parametrize("counts", [[], [1], [3], [1, 2]])
+def test_counts_that_do_not_add_up_change_nothing(counts: list[int], path: str) -> None:
+    total = integers(100)
+    with pytest.raises(ValueError, match="2 keys, 2 coefficients"):
+        perturbation.accumulate_each(total, [1, 2], [3, 4], counts, LANES)
+    assert torch.equal(total, integers(100))
+
+
 @pytest.mark.parametrize("scale", [1.0, 3e-3, 1e30, 1e-12])
 def test_products_with_floats_are_those_of_the_nearest_integers(path: str, scale: float) -> None:
     """Within 30 bits of the largest, and of 2⁻²⁴; whatever the parts that are taken at a time."""
@@ -420,6 +501,12 @@ def test_cuda_gives_what_the_cpu_gives() -> None:
     before, keys, coefficients = integers(size), splitmix.words(3, 9), integers(9, 1)
     x = torch.randn(size, generator=torch.Generator().manual_seed(1))
     there, total, there_x = before.cuda(), before.clone(), x.cuda()
+    found = [
+        perturbation.accumulate_each(t, keys, coefficients, [4, 5], LANES, start=start, place=9)
+        for t in (there, total)
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(there.cpu(), total)
     perturbation.accumulate(there, keys.cuda(), coefficients.cuda(), start=start)
     perturbation.accumulate(total, keys, coefficients, start=start)
     assert torch.equal(there.cpu(), total)
