@@ -148,14 +148,16 @@ def write_integers(
 
     z begins with its element `start`. In float32, rounded once after each of the two, and only then
     to a tensor's own type: the same on every device, and what was there before leaves no trace.
-    Integers lie on the tensors' device.
+    Integers from elsewhere come to the tensors' device slab by slab.
     """
-    slab = _SLAB if integers_N.device.type == "cpu" else _SLAB_CUDA
+    device = tensors[0].device
+    slab = _SLAB if device.type == "cpu" else _SLAB_CUDA
     flats = [tensor.detach().reshape(-1) for tensor in tensors]
     ends = list(itertools.accumulate(map(len, flats)))
     number = 0
     for low in range(0, len(integers_N), slab):
-        floats = integers_N[low : low + slab].to(torch.float32).mul_(2.0**-quantum_bits)
+        part_N = integers_N[low : low + slab].to(device)
+        floats = part_N.to(torch.float32).mul_(2.0**-quantum_bits)
         if scale:
             perturbation.perturb(floats, key, scale, start=start + low)
         at = 0
