@@ -33,6 +33,10 @@ class Forwards(Protocol):
         """Lend the model at θ for forward passes, in eval mode and without gradients."""
         ...
 
+    def value(self, tensor: Tensor) -> Tensor:
+        """Return what a tensor of the model holds that is not in the ledger."""
+        ...
+
 
 class Resident:
     """All of the model lies on its device."""
@@ -65,6 +69,10 @@ class Resident:
         self._model.eval()
         with torch.no_grad():
             yield self._model
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """Return it."""
+        return tensor
 
 
 class Chance:

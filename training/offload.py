@@ -58,15 +58,18 @@ class Offloaded:
         self._task, self._model, self._bits, self._device = task, model, quantum_bits, device
         self._memory = memory
         self._units = divide(model, parameters)
+        moving = [unit for unit in self._units if not unit.stays]
+        largest = max((unit.size for unit in moving), default=0)
+        self._room = 2 * largest
+        """Bytes of what is on its way."""
         self._check()
         self._owner = {id(p): unit for unit in self._units for p in unit.tensors()}
         self._blanks = {id(p): _blank(p, device) for unit in self._units for p in unit.tensors()}
-        moving = [unit for unit in self._units if not unit.stays]
         self._next = {(sides, a): b for a, b in pairwise(moving) for sides in (1, SIDES)}
         """By sides and unit: which came after it the last time."""
-        self._slots = [Slot(max((u.size for u in moving), default=0), device) for _ in range(2)]
-        self._held = 0
-        """Bytes of weights on the device, without the slots'."""
+        self._slots = [Slot(largest, device) for _ in range(2)]
+        self._held = self._room
+        """Bytes of weights on the device."""
         self.peak = 0
         """Most bytes of weights that were on the device at once."""
         self.uploads = 0
@@ -122,7 +125,7 @@ class Offloaded:
             for slot in self._slots:
                 slot.release()
                 slot.unit = None  # the integers may change now
-            self._held = 0
+            self._held = self._room
 
     def _side(self, now: "_Pass", side: int, batch: Any) -> Callable[[], Any]:
         def forward() -> Any:
@@ -258,17 +261,15 @@ class Offloaded:
 
     def _hold(self, more: int) -> None:
         self._held += more
-        total = self._held + sum(slot.size for slot in self._slots)
-        self.peak = max(self.peak, total)
-        if total > self._memory:
-            raise self._too_small(total)
+        self.peak = max(self.peak, self._held)
+        if self._held > self._memory:
+            raise self._too_small(self._held)
 
     def _check(self, unit: Unit | None = None) -> None:
         """Raise SettingError if what stays, two units under way and one at work do not fit."""
         moving = [one for one in self._units if not one.stays]
         needed = sum(SIDES * one.float_size + one.fixed_size for one in self._units if one.stays)
-        needed += 2 * max((one.size for one in moving), default=0)
-        needed += max((one.float_size for one in moving), default=0)
+        needed += self._room + max((one.float_size for one in moving), default=0)
         if needed > self._memory:
             raise self._too_small(needed, unit)
 

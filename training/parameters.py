@@ -96,6 +96,11 @@ class Parameters:
             _digest(self._model, self._fixed),
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Return where the model computes."""
+        return next(iter(self.named.values())).device
+
     @torch.no_grad()
     def read(self) -> Tensor:
         """Return the vector of the model's present values."""

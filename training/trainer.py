@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shoal.compression import codec
@@ -27,6 +29,7 @@ from shoal.training.method import Method, Tools
 from shoal.training.methods.gradient import Gradient
 from shoal.training.methods.subspace import Spanning, Subspace
 from shoal.training.methods.zeroth_order import ZerothOrder
+from shoal.training.offload import Offloaded
 from shoal.training.parameters import Parameters
 from shoal.training.pool import Pool
 from shoal.training.rules import Fragment, Plane, Rules
@@ -57,6 +60,8 @@ class Setup:
     shard: tuple[int, int] | None = None
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1` … or `auto`: CUDA if there is one."""
+    device_memory: int = 0
+    """Bytes of weights that may be on the device; the ledger stays on the host. 0: all are."""
     threads: int = 0
     """Of torch, for the whole process; 0: leave them."""
     allow_task: str | None = None
@@ -123,12 +128,15 @@ class Trainer:
         self._task = self._make_task()
         self._model = task.make_model(self._task, spec.task.name, spec.run.seed)
         self._parameters = Parameters(self._model, task.fixed(self._task))
-        self._model.to(device)
-        self._parameters = Parameters(self._model, task.fixed(self._task))
+        home = torch.device("cpu") if self._setup.device_memory else device
+        if home == device:
+            self._model.to(device)
+            self._parameters = Parameters(self._model, task.fixed(self._task))
         spec = self._spec = spec.sized(self.parameters)
-        integers_D = self._initial(initial)
+        integers_D = self._first_integers(initial)
+        self._initial: NDArray[np.int32] = integers_D.numpy()
         self._initial_squares = codec.sum_of_squares(integers_D)
-        self.exchange = self._exchange(integers_D.to(device))
+        self.exchange = self._exchange(integers_D.to(home))
         self._tools = Tools(
             task=self._task,
             model=self._model,
@@ -138,9 +146,7 @@ class Trainer:
             clock=clock,
             buffers=spec.run.buffers,
         )
-        self._forwards: Forwards = Resident(
-            self._task, self._model, self._parameters, spec.exchange.quantum_bits
-        )
+        self._forwards = self._make_forwards(device)
         self._learner = Learner()
         self._inners: dict[str, optimizer.Inner] = {}
         """By their place in the checkpoint."""
@@ -165,8 +171,13 @@ class Trainer:
 
     @property
     def model(self) -> nn.Module:
-        """Return the model; between turns its values are those that the last turn left."""
+        """Return the model; between turns its values are those that the last turn left, if any."""
         return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the model computes."""
+        return self._parameters.device
 
     @property
     def task(self) -> Task:
@@ -188,7 +199,11 @@ class Trainer:
 
     def initial_bytes(self) -> bytes:
         """Return the initial model's integers: int32, little-endian."""
-        return self._initial_D.numpy().astype("<i4").tobytes()
+        return self._initial.astype("<i4").tobytes()
+
+    def keep_initial(self, path: Path) -> None:
+        """Let the initial integers be read from this file, which has them, not kept in memory."""
+        self._initial = np.memmap(path, "<i4", "r")
 
     # ---- the ledger
 
@@ -337,7 +352,7 @@ class Trainer:
         shared = self._parameters.split(self.exchange.model().cpu())
         ours = {id(p) for p in self._parameters.named.values()}
         rest = {
-            name: value.detach().cpu()
+            name: self._forwards.value(value).detach().cpu()
             for name, value in (*self._model.named_parameters(), *_buffers(self._model))
             if id(value) not in ours
         }
@@ -378,21 +393,40 @@ class Trainer:
         )
         return task.make(spec.task.name, spec.task.options, place, allow_task=setup.allow_task)
 
-    def _initial(self, given: bytes | None) -> Tensor:
+    def _first_integers(self, given: bytes | None) -> Tensor:
+        bits = self._spec.exchange.quantum_bits
         try:
             if given is not None:
-                self._initial_D = ledger.from_bytes(given, self.parameters)
+                integers_D = ledger.from_bytes(given, self.parameters)
             else:
-                bits = self._spec.exchange.quantum_bits
-                self._initial_D = ledger.from_floats(self._parameters.read().cpu(), bits)
+                integers_D = torch.cat(
+                    [
+                        ledger.from_floats(p.detach().reshape(-1).float().cpu(), bits)
+                        for p in self._parameters.named.values()
+                    ]
+                )
         except ValueError as error:
             raise SettingError(str(error)) from error
-        if not bool(self._initial_D.any()):
+        if not bool(integers_D.any()):
             raise SettingError(
                 "the initial model is all zeros, and exchange.clip is a multiple of its size; "
                 "let it start from small random values"
             )
-        return self._initial_D
+        return integers_D
+
+    def _make_forwards(self, device: torch.device) -> Forwards:
+        bits, memory = self._spec.exchange.quantum_bits, self._setup.device_memory
+        if not memory:
+            return Resident(self._task, self._model, self._parameters, bits)
+        for plane in self._spec.planes:
+            if not isinstance(plane.author, WalkSettings):
+                raise SettingError(
+                    f"--device-memory is for runs that train by forward passes alone; kind = "
+                    f"{plane.update.name!r} needs gradients, and so the whole model on the device"
+                )
+        return Offloaded(
+            self._task, self._model, self._parameters, bits, device=device, memory=memory
+        )
 
     def _exchange(self, integers_D: Tensor) -> LedgerExchange:
         spec, layout = self._spec, self._parameters.layout

@@ -44,11 +44,11 @@ def sizes(lesson: Any) -> Any:
 def test_the_slope_of_half_a_square_is_the_direction_times_where_it_is(
     x: list[float], count: int
 ) -> None:
-    """F = ½‖x‖² gives ρ = zᵀx, exactly but for the rounding of x ± ε."""
+    """F = ½‖x‖² gives ρ = zᵀx but for the rounding of x ± ε: 2.4e-7 · 4 / ε an element at most."""
     one = Rig(Valley(), Point(x), settings=STILL, perturbations=count)
     lesson = one.learn(turn=3)
     expected = [-0.01 * float(one.signs(3, s) @ np.array(x)) for s in range(count)]
-    np.testing.assert_allclose(sizes(lesson), expected, atol=2e-5)
+    np.testing.assert_allclose(sizes(lesson), expected, atol=4e-4)
     assert lesson.loss == pytest.approx(0.5 * sum(v * v for v in x) + len(x) * 5e-7, abs=1e-5)
     assert (lesson.steps, lesson.skipped, lesson.problem) == (count, 0, None)
 
@@ -62,7 +62,7 @@ def test_a_walk_goes_on_from_where_the_step_before_it_led(x: list[float], count:
     found = sizes(one.learn(turn=2))
     for s, step in enumerate(found):
         z = one.signs(2, s)
-        np.testing.assert_allclose(step, -0.01 * float(z @ (at / 2**BITS)), atol=2e-5)
+        np.testing.assert_allclose(step, -0.01 * float(z @ (at / 2**BITS)), atol=4e-4)
         at = at + round(step * 2**BITS) * z
 
 
@@ -122,7 +122,7 @@ def test_frozen_parameters_stay_and_others_are_perturbed_alone() -> None:
     one = Rig(Half(), model, settings=STILL, perturbations=4)
     x = np.array([1.0, 2.0, 3.0])
     expected = [-0.01 * float(one.signs(1, s) @ x) for s in range(4)]
-    np.testing.assert_allclose(sizes(one.learn()), expected, atol=2e-5)
+    np.testing.assert_allclose(sizes(one.learn()), expected, atol=4e-4)
 
 
 # ---- nothing stays behind

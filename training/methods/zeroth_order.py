@@ -54,7 +54,7 @@ class ZerothOrder:
         reweigh_S = torch.ones(count, dtype=torch.float64)
         if chances_K is not None and self._settings.unbiased:
             reweigh_S /= len(chances_K) * chances_K[directions]
-        tools, device = self._tools, exchange.integers().device
+        tools, device = self._tools, self._tools.parameters.device
         started = tools.clock()
         buffers = parameters.floating_buffers(tools.model)
         with (
