@@ -5,14 +5,14 @@ fingerprint on every device. Under a turn rule it is the contributions of turns 
 a function of the set of its updates; what changes when one comes or goes is a difference of two.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.compression import parallel
+from shoal.compression import parallel, perturbation
 from shoal.compression.codec import (
     Combination,
     Contribution,
@@ -81,6 +81,33 @@ class Ledger:
         if self.rule.alone:
             return self._change(written(update, self.model.device), -1)
         return self.take_out(turn, [key])
+
+    def add_many(self, updates: Sequence[Combination], sign: int = 1) -> list[Lanes]:
+        """Take in combinations, or out with sign -1; return the fingerprint of each contribution.
+
+        As one after the other, but in two passes over memory for all of them. For runs without a
+        turn rule.
+        """
+        found: list[Lanes] = [(0, 0)] * len(updates)
+        for batch in _batches(updates):
+            some = [updates[place] for place in batch]
+            if len(some) == 1:
+                found[batch[0]] = self._change(written(some[0], self.model.device), sign)
+                continue
+            first = some[0]
+            total_D = torch.zeros(first.size, dtype=torch.int32, device=self.model.device)
+            lanes_N2 = perturbation.accumulate_each(
+                total_D,
+                torch.cat([update.keys for update in some]),
+                torch.cat([update.coefficients for update in some]),
+                [len(update.keys) for update in some],
+                fingerprint.KEYS,
+                place=first.offset,
+            )
+            self._change(Decoded(first.size, total_D, offset=first.offset), sign)
+            for place, lanes in zip(batch, (sign * lanes_N2).tolist(), strict=True):
+                found[place] = lanes[0] & fingerprint.MASK, lanes[1] & fingerprint.MASK
+        return found
 
     def take_in(self, turn: int, updates: Mapping[Key, Contribution]) -> Lanes:
         """Take in updates of one turn at once; those that are in already change nothing.
@@ -250,6 +277,21 @@ class _Turns:
             assert self._recall is not None
             return self._recall(key)
         return update
+
+
+def _batches(updates: Sequence[Combination]) -> list[list[int]]:
+    """Return the places of updates of one fragment each, whose sum stays within int32."""
+    batches: dict[tuple[int, int], list[list[int]]] = {}
+    reach: dict[tuple[int, int], int] = {}
+    for place, update in enumerate(updates):
+        fragment = update.offset, update.size
+        own = int(update.coefficients.abs().sum())
+        if fragment not in batches or reach[fragment] + own >= 1 << 31:
+            batches.setdefault(fragment, []).append([])
+            reach[fragment] = 0
+        batches[fragment][-1].append(place)
+        reach[fragment] += own
+    return [batch for some in batches.values() for batch in some]
 
 
 def _votes(keys: Iterable[Key]) -> list[Key]:

@@ -1,18 +1,24 @@
 """The exact integer sum: any order, wrap-around, undoing, and the fingerprint that follows it."""
 
 import random
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.compression import parallel
-from shoal.compression.codec import Decoded
+from shoal.compression import codec, parallel
+from shoal.compression.codec import Combination, Decoded
 from shoal.training import fingerprint, ledger
+from shoal.training.exchange import Arrived
+from shoal.training.exchanges.ledger import LedgerExchange
+from shoal.training.feedback import FeedbackSettings
 from shoal.training.fingerprint import Fingerprint
 from shoal.training.ledger import Ledger
+from shoal.training.rules import Fragment, Plane, Rules
 from shoal.training.turn_rules.sum import Sum
+from shoal.training.walk import WalkSettings
 
 SIZE = 3000
 MASK = 2**64 - 1
@@ -199,6 +205,101 @@ def test_cuda_agrees_with_the_cpu() -> None:
     assert here.to_bytes() == there.to_bytes()
     assert here.fingerprint() == there.fingerprint() == there.recompute()
     assert torch.equal(here.floats(24), there.floats(24).cpu())
+
+
+def steps(seed: int, largest: int) -> Combination:
+    """Return a few steps of the whole model, or of a fragment in its middle."""
+    rng = random.Random(seed)
+    offset, size = rng.choice([(0, SIZE), (0, SIZE), (1100, 500)])
+    count = rng.randint(1, 5)
+    keys = torch.tensor([rng.randrange(-(2**63), 2**63) for _ in range(count)])
+    coefficients = torch.tensor([rng.randint(-largest, largest) for _ in range(count)])
+    return Combination(size, keys, coefficients, offset)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seeds=st.lists(st.integers(0, 10**6), max_size=12),
+    largest=st.sampled_from([3, 2**20, 2**27, 2**28]),
+    edge=st.booleans(),
+    compiled=st.booleans(),
+)
+def test_many_at_once_are_as_one_after_the_other(
+    seeds: list[int], largest: int, edge: bool, compiled: bool
+) -> None:
+    """With the fingerprint of each, whatever wraps, in either code; and out again."""
+    updates = [steps(seed, largest) for seed in seeds]
+    initial = integers(9) + (2**31 - 2**20 if edge else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LARGE", "LOADED"):
+            patch.setattr(parallel, name, 0 if compiled else 1 << 62)
+        at_once, singly = Ledger(initial, Sum()), Ledger(initial, Sum())
+        before = at_once.fingerprint()
+        found = at_once.add_many(updates)
+        assert found == [singly.add(key(0), 1, update) for update in updates]
+        for one in (at_once, singly):
+            assert torch.equal(one.model, singly.model)
+            assert one.fingerprint() == one.recompute() == singly.recompute()
+            assert one.out_of_range == singly.out_of_range
+        back = at_once.add_many(updates[::-1], -1)[::-1]
+        assert back == [fingerprint.negate(lanes) for lanes in found]
+        assert torch.equal(at_once.model, initial)
+        assert at_once.fingerprint() == before
+    assert found == [Fingerprint(SIZE).of(update.dense(), update.offset) for update in updates]
+
+
+def test_what_passes_int32_together_is_added_in_parts() -> None:
+    keys = torch.arange(4)
+    updates = [
+        Combination(SIZE, keys[:1], torch.tensor([2**30])),
+        Combination(SIZE, keys[:1], torch.tensor([2**30 - 1])),
+        Combination(500, keys, torch.tensor([5, 5, 5, 5]), 100),
+        Combination(SIZE, keys[:1], torch.tensor([1])),
+        Combination(SIZE, keys[:2], torch.tensor([2**30, -(2**30)])),  # wraps by itself
+        Combination(SIZE, keys[1:2], torch.tensor([7])),
+    ]
+    assert ledger._batches(updates) == [[0, 1], [3], [4], [5], [2]]
+
+
+def test_a_flipped_bit_shows_after_many_at_once() -> None:
+    one = Ledger(integers(1), Sum())
+    one.model[77] ^= 1 << 13
+    one.add_many([steps(seed, 100) for seed in range(5)])
+    assert one.fingerprint() != one.recompute()
+
+
+def test_steps_are_added_at_once_and_answered_in_order() -> None:
+    """Between them a sparse update of another plane, and one that breaks a rule."""
+    scalar = codec.make("scalar", {"exponent": 3})
+    sparse = codec.make("sparse", {})
+    planes = (
+        Plane("sparse", (Fragment(0, SIZE, sparse),), every=3),
+        Plane("scalar", (Fragment(0, SIZE, scalar),)),
+    )
+    rules = Rules(planes, turns=0, clip=Fraction(10**9), initial_squares=1 << 80, run=bytes(32))
+    settings_ = (FeedbackSettings(), WalkSettings())
+    exchange = LedgerExchange(integers(1), rules, settings_, quantum_bits=24)
+    arrived, wanted, model = [], [], integers(1)
+    for number in range(10):
+        turn, author = number + 1, bytes([number % 2]) * 32
+        part = rules.codec(turn, author)
+        payload, decoded = part.encode(integers(number).float(), key=number)
+        if number == 4:
+            payload = payload[:-1] + b"\x80"
+        else:
+            model += decoded.dense()
+        wanted.append((0, 0) if number == 4 else Fingerprint(SIZE).of(decoded.dense()))
+        kind = rules.planes[rules.plane(turn)].kind
+        arrived.append(Arrived((author, 1, number), turn, kind, payload, len(payload)))
+    outcomes = exchange.apply(arrived)
+    assert [outcome.key for outcome in outcomes] == [update.key for update in arrived]
+    assert [bool(outcome.refused) for outcome in outcomes] == [i == 4 for i in range(10)]
+    assert [outcome.delta for outcome in outcomes] == wanted
+    assert torch.equal(exchange.integers(), model)
+    assert exchange.fingerprint() == exchange.recompute()
+    back = exchange.subtract(arrived)
+    assert [outcome.delta for outcome in back] == [fingerprint.negate(lanes) for lanes in wanted]
+    assert torch.equal(exchange.integers(), integers(1))
 
 
 def test_bytes_come_back() -> None:

@@ -137,15 +137,15 @@ class LedgerExchange:
         self._pending_drift = None
 
     def apply(self, updates: Sequence[Arrived]) -> list[Outcome]:
-        """Add updates: one after the other, under a turn rule those of a turn at once."""
+        """Add updates: each by itself, under a turn rule those of a turn at once."""
         if self.ledger.rule.alone:
-            return [self._one(update, 1) for update in updates]
+            return self._each(updates, 1)
         return self._by_turn(updates, 1)
 
     def subtract(self, updates: Sequence[Arrived]) -> list[Outcome]:
         """Subtract updates, in the same way."""
         if self.ledger.rule.alone:
-            return [self._one(update, -1) for update in updates]
+            return self._each(updates, -1)
         return self._by_turn(updates, -1)
 
     def fingerprint(self) -> Lanes:
@@ -210,14 +210,27 @@ class LedgerExchange:
         self.drift, self._pending_drift = held.get("drift"), None
         self.owner = owner
 
-    def _one(self, update: Arrived, sign: int) -> Outcome:
-        try:
-            decoded = self._judged(update)
-        except RuleError as error:
-            return Outcome(update.key, (0, 0), str(error))
-        self._tell_pool(decoded, sign)
+    def _each(self, updates: Sequence[Arrived], sign: int) -> list[Outcome]:
+        """Change by one after the other, but by those that are steps along directions at once."""
+        outcomes: dict[int, Outcome] = {}
+        steps: dict[int, Combination] = {}
         change = self.ledger.add if sign > 0 else self.ledger.subtract
-        return Outcome(update.key, change(update.key, update.turn, decoded), None)
+        for place, update in enumerate(updates):
+            try:
+                decoded = self._judged(update)
+            except RuleError as error:
+                outcomes[place] = Outcome(update.key, (0, 0), str(error))
+                continue
+            self._tell_pool(decoded, sign)
+            if isinstance(decoded, Combination):
+                steps[place] = decoded
+            else:
+                lanes = change(update.key, update.turn, decoded)
+                outcomes[place] = Outcome(update.key, lanes, None)
+        many = self.ledger.add_many(list(steps.values()), sign)
+        for place, lanes in zip(steps, many, strict=True):
+            outcomes[place] = Outcome(updates[place].key, lanes, None)
+        return [outcomes[place] for place in range(len(updates))]
 
     def _by_turn(self, updates: Sequence[Arrived], sign: int) -> list[Outcome]:
         """Change turn after turn; what a turn changes stands with the last of its updates."""
