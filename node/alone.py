@@ -42,7 +42,7 @@ def _main() -> None:
     import argparse
     import time
 
-    from shoal.node.config import parse_shard, read_toml
+    from shoal.node.config import parse_shard, parse_size, read_toml
     from shoal.training.run import RunSpec
     from shoal.training.trainer import Setup, Trainer
 
@@ -55,6 +55,7 @@ def _main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--base")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device-memory", default="")
     parser.add_argument("--allow-task")
     args = parser.parse_args()
     setup = Setup(
@@ -63,6 +64,7 @@ def _main() -> None:
         base=args.base,
         shard=args.shard,
         device=args.device,
+        device_memory=parse_size(args.device_memory),
         threads=args.threads,
         allow_task=args.allow_task,
     )

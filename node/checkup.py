@@ -18,7 +18,7 @@ from typing import Any
 
 from shoal.gossip.limits import Limits
 from shoal.node import addresses, client, genesis, identity, probe
-from shoal.node.config import NodeConfig, RunFile
+from shoal.node.config import NodeConfig, RunFile, parse_size
 from shoal.node.errors import ConfigError
 from shoal.node.home import Home
 
@@ -328,6 +328,7 @@ def _run(about: Subject) -> tuple[list[Finding], Estimate | None]:
         data=config.data,
         base=config.base,
         device=config.device,
+        device_memory=parse_size(config.device_memory),
         allow_task=config.allow_task,
     )
     if "error" in found:

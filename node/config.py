@@ -148,6 +148,9 @@ class NodeConfig:
     """`i/N`: train on the blocks whose hash is i modulo N; empty: see design 7."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
+    device_memory: str = ""
+    """Such as "2GB": so much of the device holds weights, which stream from the host; for runs that
+    train by forward passes alone. Empty: all of the model is on the device."""
     threads: int = 0
     """Threads of the worker; 0: as many as there are cores."""
     listen: str = ""
@@ -176,6 +179,7 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if self.shard:
             parse_shard(self.shard)
+        parse_size(self.device_memory)
         _at_least(self.threads, 0, "threads")
         _at_least(self.log_gigabytes, 0, "log_gigabytes")
         _choice(self.limits, "limits", ("lan", "wan"))
@@ -247,6 +251,17 @@ def parse_shard(text: str) -> tuple[int, int]:
     if i >= n:
         raise ConfigError(f"--shard {text}: parts count from 0, so the last of {n} is {n - 1}/{n}")
     return i, n
+
+
+def parse_size(text: str) -> int:
+    """Read bytes such as "2GB", "1.5 GiB" or "800MB"; 0 of an empty text."""
+    if not text:
+        return 0
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(?:([kKMGT])(i?))?B", text)
+    if not found or not float(found[1]):
+        raise ConfigError(f"--device-memory {text}: write a size such as 800MB, 2GB or 1.5GiB")
+    power = " KMGT".index((found[2] or " ").upper())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def parse_libp2p(text: str) -> int | None:

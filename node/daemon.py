@@ -386,6 +386,8 @@ class Daemon:
         now = self.foreman.now
         result = "dropped" if answer.dropped is not None else "done"
         self._counters.add("turns", result)
+        if answer.skipped:
+            self._counters.add("skipped_steps", "not finite", answer.skipped)
         line = {
             "turn": now.turn,
             "steps": now.steps,
@@ -472,6 +474,8 @@ class Daemon:
         found = list(self.store.notes)
         if self.foreman.now.out_of_range:
             found.append(f"values out of range: {self.foreman.now.out_of_range}; training diverges")
+        if skipped := self.foreman.now.skipped:
+            found.append(f"{skipped} local steps skipped: their loss was not finite (worker.log)")
         if self.store.degraded:
             found.append(f"the log is kept in memory only: {self.store.degraded}")
         if which := self.core.membership.twin:

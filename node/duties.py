@@ -107,6 +107,9 @@ class Duties:
             return pipe.NeedInitial()
         if given is None:
             _write(file, integers)
+        del given, integers  # as large as the model
+        if file.exists():
+            trainer.keep_initial(file)
         note, kept = self._restore(request)
         self._checkpoint = Path(request.checkpoint) if request.checkpoint else None
         self._saved_at = time.monotonic()
@@ -133,6 +136,7 @@ class Duties:
             base=setup.base or None,
             shard=setup.shard,
             device=setup.device,
+            device_memory=setup.device_memory,
             threads=setup.threads,
             allow_task=setup.allow_task or None,
             directory=Path(setup.directory) if setup.directory else None,
@@ -190,6 +194,11 @@ class Duties:
         turned = trainer.turn(asked.turn, asked.members, lag=asked.lag, publish=asked.publish)
         self._pending = turned.payload is not None
         self._dirty = self._dirty or not (self._pending or turned.dropped)  # it is in the drift
+        if turned.skipped:
+            log.warning(
+                "turn %d: %d of %d steps skipped, since their loss was not finite",
+                *(asked.turn, turned.skipped, turned.steps),
+            )
         answer = pipe.Turned(
             kind=turned.kind,
             loss=_finite(turned.loss),
@@ -197,6 +206,7 @@ class Duties:
             steps=turned.steps,
             seconds=turned.seconds,
             dropped=turned.dropped,
+            skipped=turned.skipped,
             memory=_memory(trainer),
         )
         return answer, [] if turned.payload is None else [turned.payload]
@@ -281,14 +291,14 @@ def _finite(value: float) -> float | None:
 
 
 def _device_name(trainer: Trainer) -> str:
-    device: torch.device = trainer.exchange.ledger.model.device
+    device = trainer.device
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def _memory(trainer: Trainer) -> int:
-    device: torch.device = trainer.exchange.ledger.model.device
+    device = trainer.device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, IndexError, ValueError):

@@ -116,6 +116,17 @@ def add_base(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_device_memory(parser: argparse._ActionsContainer) -> None:
+    """Add --device-memory, for models larger than their device."""
+    parser.add_argument(
+        "--device-memory",
+        type=size,
+        metavar="SIZE",
+        help="weights on the device at once, such as 2GB; the rest stays on the host "
+        "(for kinds that train by forward passes alone)",
+    )
+
+
 def add_training(parser: argparse._ActionsContainer) -> None:
     """Add what concerns the worker."""
     parser.add_argument(
@@ -129,6 +140,7 @@ def add_training(parser: argparse._ActionsContainer) -> None:
         help="train on part I of N of the data, counted from 0",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    add_device_memory(parser)
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of the worker")
     parser.add_argument(
         "--observe", action="store_true", help="hold, verify and serve the run; never train"
@@ -136,6 +148,14 @@ def add_training(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--paused", action="store_true", help="wait with training until `shoal resume`"
     )
+
+
+def size(text: str) -> str:
+    """Check a number of bytes."""
+    from shoal.node.config import parse_size
+
+    parse_size(text)
+    return text
 
 
 def endpoint(text: str) -> str:

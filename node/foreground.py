@@ -12,6 +12,7 @@ LOCAL = (
     "base",
     "shard",
     "device",
+    "device_memory",
     "threads",
     "listen",
     "advertise",

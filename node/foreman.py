@@ -54,6 +54,8 @@ class Progress:
     first_evaluation: float | None = None
     published_bytes: int = 0
     refused: int = 0
+    skipped: int = 0
+    """Local steps that taught nothing, since their loss was not finite."""
     out_of_range: int = 0
     applied: dict[Author, int] = field(default_factory=dict)
     fingerprint: tuple[int, int] = (0, 0)
@@ -248,6 +250,7 @@ class Foreman:
         now = self.now
         now.turn, now.loss, now.memory = request.turn, answer.loss, answer.memory
         now.steps += answer.steps
+        now.skipped += answer.skipped
         now.last_steps, now.seconds = answer.steps, answer.seconds
         self._measured(answer.evaluation)
         self._turned(answer, len(data))

@@ -12,7 +12,7 @@ from shoal.gossip.limits import Limits
 from shoal.node import admission, genesis, home, identity, pipe
 from shoal.node.addresses import PORT, Address, parse_bare, parse_join, parse_listen
 from shoal.node.admission import Admission
-from shoal.node.config import NodeConfig, RunFile, parse_shard
+from shoal.node.config import NodeConfig, RunFile, parse_shard, parse_size
 from shoal.node.errors import ConfigError, PeerError
 from shoal.node.genesis import Genesis
 from shoal.node.home import Home
@@ -69,6 +69,7 @@ def setup(run_file: RunFile, config: NodeConfig, who: Identity, where: Home) -> 
         base=config.base,
         shard=parse_shard(config.shard) if config.shard else None,
         device=config.device,
+        device_memory=parse_size(config.device_memory),
         threads=config.threads,
         allow_task=config.allow_task,
         directory=str(where.path),

@@ -12,6 +12,7 @@ FAMILIES = {
     "pulls": ("result", "Payloads pulled, by how it ended."),
     "updates": ("whose", "Updates taken into the ledger: own and others'."),
     "turns": ("result", "Own turns, by how they ended."),
+    "skipped_steps": ("reason", "Own local steps that taught nothing, by reason."),
     "events": ("what", "Events, by kind."),
     "worker_restarts": ("reason", "How often the worker had to be started again."),
     "http": ("status", "Requests to the status port, by status code."),

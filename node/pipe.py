@@ -46,6 +46,8 @@ class Setup(msgspec.Struct, frozen=True):
     base: str = ""
     shard: tuple[int, int] | None = None
     device: str = "auto"
+    device_memory: int = 0
+    """Bytes of weights that may be on the device; 0: all are."""
     threads: int = 0
     allow_task: str = ""
     directory: str = ""
@@ -231,6 +233,8 @@ class Turned(msgspec.Struct, frozen=True, tag_field="is", tag="turned"):
     seconds: float
     """Of the local steps alone."""
     dropped: str | None = None
+    skipped: int = 0
+    """Steps that taught nothing, since their loss was not finite."""
     memory: int = 0
     """Bytes: resident, or allocated on the device."""
 

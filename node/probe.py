@@ -98,7 +98,13 @@ def libp2p_here() -> dict[str, Any]:
 
 
 def run_here(
-    tables: dict[str, Any], members: int, data: str, base: str, device: str, allow_task: str
+    tables: dict[str, Any],
+    members: int,
+    data: str,
+    base: str,
+    device: str,
+    allow_task: str,
+    device_memory: int = 0,
 ) -> dict[str, Any]:
     """Build the run, take one short turn, and apply its update: what a turn costs here."""
     import dataclasses
@@ -118,6 +124,7 @@ def run_here(
             data=data or None,
             base=base or None,
             device=device or "auto",
+            device_memory=device_memory,
             allow_task=allow_task or None,
         )
         trainer = Trainer(setup, clock=time.monotonic)

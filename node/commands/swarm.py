@@ -66,6 +66,7 @@ def register(subparsers: flags.Subparsers) -> None:
     )
     flags.add_base(parser)
     parser.add_argument("--device", help="of every worker: cpu or cuda")
+    flags.add_device_memory(parser)
     parser.add_argument("--allow-task", metavar="PACKAGE.MODULE:FACTORY", help="a task of yours")
     parser.add_argument(
         "--timeout", type=flags.positive_float, metavar="SECONDS", help="give up after so long"
@@ -131,7 +132,7 @@ def passed_on(args: argparse.Namespace) -> tuple[str, ...]:
     from shoal.node.config import absolute_base
 
     found: list[str] = []
-    for name in ("data", "base", "device", "allow_task"):
+    for name in ("data", "base", "device", "device_memory", "allow_task"):
         value = getattr(args, name)
         if value is not None:
             value = os.path.abspath(value) if name == "data" else value
