@@ -1,19 +1,24 @@
-"""How fast a model is rebuilt from seeds and coefficients: `shoal bench scalars`.
+"""What seeds cost: rebuilding a model from them, and training along them: `shoal bench scalars`.
 
 Replay adds many directions of ±1 to the ledger's integers, as a peer does with the updates of
 others. Its speed in parameter·seeds per second stands beside that of the usual way, a `torch.randn`
 of the model's size per seed, and beside the float32 that this machine copies per second, each on
 one thread or on all, whichever is faster. All take turns within one run. Exit code 1 if 16 seeds or
 more on the CPU are less than 8 times as fast as with `torch.randn`.
+
+Training stands beside a bare loop of forward passes of the same model and batches: passes per
+second, and memory beyond what such a pass takes. What a step costs on the wire is the payload's
+byte, and its share of the signed record that carries a turn's bytes.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from shoal.node.bench._report import Row, add_json, beside, machine, show
-from shoal.node.bench.codecs import best, device_name, parse_sizes
+from shoal.node.bench.codecs import best, device_name, extra, parse_sizes
 from shoal.node.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +34,13 @@ DRAWN = 2
 ROUNDS, REPEATS = 3, 3
 """Each speed is timed in so many rounds, so often or more in each; the best counts."""
 UNIT = "parameter·seeds/s"
+TRAINED = {
+    "run": {"name": "scalars", "turns": 1},
+    "task": {"name": "text", "model": {"layers": 4, "width": 256, "heads": 4, "context": 128}},
+    "local": {"batch": 8, "evaluate_every": 0},
+    "exchange": {"update": {"kind": "scalar", "perturbations": 16}},
+}
+"""A run of a model large enough for its passes to be what takes time."""
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     replays = [Replay.measure(size, args.device, rounds) for size in sizes]
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
     where = f"{machine()}, {threads}" if args.device == "cpu" else device_name()
-    show("scalars", [row for r in replays for row in r.rows()], as_json=args.json, where=where)
+    rows = [row for r in replays for row in r.rows()]
+    rows += training(args.device, rounds)
+    show("scalars", rows, as_json=args.json, where=where)
     slow = too_slow(replays) if args.device == "cpu" else []
     for said in slow:
         print(said, file=sys.stderr)
@@ -98,6 +112,71 @@ class Replay:
             name = f"{_label(self.size)} parameters, {seeds} seed{'s' * (seeds > 1)}"
             yield beside(f"{name}, beside torch.randn", speed, UNIT, self.randn)
             yield beside(f"{name}, beside copied float32", speed, UNIT, self.copied)
+
+
+def training(device: str, rounds: int) -> Iterable[Row]:
+    """Yield what a turn without gradients costs beside bare forward passes."""
+    import torch
+
+    from shoal.training.run import RunSpec
+    from shoal.training.trainer import Setup, Trainer
+
+    print("training along seeds", file=sys.stderr, flush=True)
+    spec = RunSpec.parse(TRAINED)
+    trainer = Trainer(Setup(run=spec, device=device), clock=time.monotonic)
+    turned = trainer.turn(1, 1.0)
+    steps = len(turned.payload or b"")
+    batches = trainer.task.batches(torch.Generator().manual_seed(0))
+    drawn = [next(batches) for _ in range(steps)]
+
+    def turn() -> None:
+        trainer.discard()
+        trainer.turn(1, 1.0)
+
+    def bare() -> None:
+        trainer.model.eval()
+        with torch.no_grad():
+            for batch in drawn:
+                for _ in range(2):
+                    trainer.task.loss(trainer.model, batch)
+
+    ours, theirs = in_turn([turn, bare], rounds, device)
+    label = f"{trainer.parameters / 1e6:.2g} M parameters"
+    yield beside(
+        f"{label}, forward passes a second beside a bare loop",
+        2 * steps / ours,
+        "1/s",
+        2 * steps / theirs,
+    )
+    model = 4 * trainer.parameters
+    if (most := extra(turn, device)) is not None and (usual := extra(bare, device)) is not None:
+        yield beside(
+            f"{label}, memory beyond bare passes, beside the weights", most - usual, "B", model
+        )
+    yield beside(f"{label}, payload a step, beside a float32 gradient", 1.0, "B", model)
+    yield Row(
+        "a step's share of its signed record", record_bytes(turned.payload or b"") / steps, "B"
+    )
+
+
+def record_bytes(payload: bytes) -> int:
+    """Return the bytes on the wire of the record that carries a payload."""
+    from shoal.gossip.names import Author, PeerId, RunId, digest
+    from shoal.gossip.records import Update
+    from shoal.node.identity import Identity
+    from shoal.node.wire import Sealer
+
+    who = Identity.generate()
+    update = Update(
+        Author(PeerId(who.peer), 2**63),
+        1000,
+        1000,
+        "scalar",
+        digest(payload),
+        len(payload),
+        payload,
+    )
+    return len(Sealer(who, RunId(bytes(32))).seal(update).raw)
 
 
 def replaying(total_D: "Tensor", seeds: int) -> Callable[[], None]:
