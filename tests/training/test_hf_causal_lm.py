@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from support import bases
 from torch import Tensor, nn
@@ -205,6 +206,15 @@ def test_any_place_of_the_text_is_as_likely_as_any_other() -> None:
     assert 280 < chi_squared < 500  # 389 ± 28
 
 
+def test_no_item_is_left_out() -> None:
+    items = [Piece(bytes([i])) for i in range(5)]
+    found = examples.Examples(
+        items, lambda item: examples.Encoded(np.array([*item.content, 9], np.int32), 1), length=2
+    )
+    drawn = found.draw(1000, generator()).tokens_BT.flatten().tolist()
+    assert all(150 < drawn.count(i) < 250 for i in range(5))
+
+
 def test_a_spread_looks_at_every_block_first_and_at_every_token_at_last() -> None:
     tokens = [
         np.arange(i * 100, i * 100 + size, dtype=np.int32) for i, size in enumerate((25, 1, 10, 12))
@@ -340,6 +350,21 @@ def test_peers_with_another_base_or_tokenizer_have_another_layout(tmp_path: Path
     assert layout(first, 0) == layout(other, 0) != layout(reversed_, 0)
 
 
+def test_the_digest_tells_tokenizers_apart_by_words_and_by_ways(tmp_path: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    plain = bases.tokenizer()
+    plain.save_pretrained(tmp_path)
+    again = pretrained.load_tokenizer(pretrained.Source(str(tmp_path)))
+    assert pretrained.digest(again) == pretrained.digest(plain)
+    more, other = bases.tokenizer(), bases.tokenizer()
+    more.add_tokens(["<|never|>"])
+    other.add_tokens(["<|ever|>"])
+    ways = bases.tokenizer()
+    ways.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert len({pretrained.digest(one) for one in (plain, more, other, ways)}) == 4
+
+
 def run_file(**changed: Any) -> dict[str, Any]:
     return {
         "run": {"name": "tune", "seed": 1, "turns": 6},
@@ -406,8 +431,14 @@ def changed(folder: Path, **settings: Any) -> None:
 
 
 def pickled(folder: Path) -> None:
+    whole = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
+    torch.save(whole, folder / "pytorch_model.bin")
+
+
+def pickled_beside_others(folder: Path) -> None:
+    pickled(folder)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
 
 
 def cut_off(folder: Path) -> None:
@@ -426,6 +457,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("token*")], "gives no tokenizer"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"\*\.safetensors is missing"),
     "pickle": (pickled, r"as pickle \(pytorch_model.bin\).*get a copy with \*\.safetensors"),
+    "pickle beside others": (pickled_beside_others, "gives no model: .*model.safetensors"),
     "cut off": (cut_off, "gives no model: .*not fully covered"),
     "another shape": (lambda f: changed(f, hidden_size=32), "gives no model"),
     "a layer missing": (
