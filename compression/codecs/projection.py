@@ -22,6 +22,7 @@ block. A block is Σ_k q_k · 2^e · z_k. One form: the last q of a block is not
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,10 +52,10 @@ class Coordinates(NamedTuple):
     """What a payload says."""
 
     counts: list[int]
-    """Of each block, as all of these: how many coefficients it has."""
+    """Of each block: how many coefficients it has."""
     exponents: list[int]
-    mantissas: list[Tensor]
-    """int64: q."""
+    mantissas: Tensor
+    """int64: q, block after block."""
 
 
 @codec("projection")
@@ -90,13 +91,14 @@ class Projection:
         norms = [_norm(x_D[part]) for part in parts]
         shares = apportioned(norms, [part.stop - part.start for part in parts], self._most(size))
         keys = self._keys(max(shares))
-        found = Coordinates([], [], [])
+        counts, exponents, mantissas = [], [], []
         for part, count in zip(parts, shares, strict=True):
             along_K = perturbation.along(x_D[part], keys[:count], start=part.start)
             power, mantissa_K = _rounded(along_K / (part.stop - part.start + count - 1))
-            found.counts.append(len(mantissa_K))
-            found.exponents.append(power)
-            found.mantissas.append(mantissa_K)
+            counts.append(len(mantissa_K))
+            exponents.append(power)
+            mantissas.append(mantissa_K)
+        found = Coordinates(counts, exponents, torch.cat(mantissas))
         return Encoded(self.pack(found, size), self._decoded(found, size, x_D.device))
 
     def decode(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Decoded:
@@ -111,8 +113,7 @@ class Projection:
         """Return the payload of coordinates."""
         counts = bits.pack(torch.tensor(found.counts), self._width(size))
         exponents = bits.pack(torch.tensor(found.exponents), _EXPONENT)
-        mantissas = torch.cat(found.mantissas).to(torch.int8).view(torch.uint8)
-        return bits.join([counts, exponents, mantissas])
+        return bits.join([counts, exponents, found.mantissas.to(torch.int8).view(torch.uint8)])
 
     def unpack(self, payload: bytes, size: int, device: torch.device | str = "cpu") -> Coordinates:
         """Return the coordinates; inverse of `pack`, refuses everything else."""
@@ -123,7 +124,7 @@ class Projection:
         exponents = bits.unpack(
             reader.take(bits.packed_bytes(blocks, _EXPONENT)), blocks, _EXPONENT
         ).tolist()
-        mantissas = [reader.take(count).view(torch.int8).to(torch.int64) for count in counts]
+        mantissas = reader.take(sum(counts)).view(torch.int8).to(torch.int64)
         reader.end()
         found = Coordinates(counts, exponents, mantissas)
         self._check(found, size)
@@ -131,10 +132,10 @@ class Projection:
 
     def _check(self, found: Coordinates, size: int) -> None:
         """Refuse values outside int32, and all forms but one."""
-        for part, count, power, mantissa_K in zip(self._blocks(size), *found, strict=True):
-            if count > part.stop - part.start:
+        for part, power, mantissa_K in self._each(found, size):
+            if len(mantissa_K) > part.stop - part.start:
                 raise PayloadError("a block has more coefficients than elements")
-            if not count:
+            if not len(mantissa_K):
                 if power:
                     raise PayloadError("a block without coefficients has an exponent")
                 continue
@@ -152,10 +153,15 @@ class Projection:
     def _decoded(self, found: Coordinates, size: int, device: torch.device | str) -> Decoded:
         value_D = torch.zeros(size, dtype=torch.int32, device=device)
         keys = self._keys(max(found.counts))
-        for part, count, power, mantissa_K in zip(self._blocks(size), *found, strict=True):
-            here_K = mantissa_K << power
-            perturbation.accumulate(value_D[part], keys[:count], here_K, start=part.start)
+        for part, power, mantissa_K in self._each(found, size):
+            here, step_K = keys[: len(mantissa_K)], mantissa_K << power
+            perturbation.accumulate(value_D[part], here, step_K, start=part.start)
         return Decoded(size, value_D)
+
+    def _each(self, found: Coordinates, size: int) -> Iterator[tuple[slice, int, Tensor]]:
+        """Yield the place, exponent and mantissas of every block."""
+        mantissas = torch.split(found.mantissas, found.counts)
+        return zip(self._blocks(size), found.exponents, mantissas, strict=True)
 
     def _keys(self, count: int) -> list[int]:
         """Return the keys of the turn's first directions."""
