@@ -329,7 +329,8 @@ class _Pass:
 
 def _blank(p: nn.Parameter, device: torch.device) -> Tensor:
     """Return what has a parameter's shape but not its memory; NaN shows if it is computed with."""
-    return torch.full((1,), float("nan"), dtype=p.dtype, device=device).expand(p.shape)
+    nothing = float("nan") if p.is_floating_point() else 0
+    return torch.full((), nothing, dtype=p.dtype, device=device).expand(p.shape)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
