@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node import cli, foreground, probe
+from shoal.node import cli, foreground, genesis, probe
 from shoal.node.commands import swarm
 from shoal.node.config import NodeConfig
+from shoal.training import task
 
 
 def config(*argv: str) -> NodeConfig:
@@ -52,6 +53,11 @@ def test_every_command_that_builds_a_run_takes_it() -> None:
         "doctor RUN.toml",
     ):
         assert cli.build().parse_args([*words.split(), "--base", "x"]).base == "x", words
+
+
+def test_the_daemon_knows_the_built_in_tasks_by_the_names_that_the_worker_knows() -> None:
+    assert "hf-causal-lm" in genesis.task_names()
+    assert list(genesis.task_names()) == task.names()
 
 
 def test_doctor_hands_it_to_the_trial() -> None:

@@ -602,6 +602,18 @@ def test_odd_text_is_still_text(base: Path, tmp_path: Path) -> None:
     assert torch.isfinite(one.loss(model, next(one.batches(generator()))))
 
 
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+def test_without_the_extra_it_says_what_to_install(
+    library: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = made(base, lora={"rank": 1})
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not there
+    pretrained._transformers.cache_clear()
+    with pytest.raises(SettingError, match=rf"{library}.*pip install 'shoal\[hf\]'"):
+        model_of(one)
+    pretrained._transformers.cache_clear()
+
+
 def test_the_libraries_are_imported_when_the_task_is_used_and_not_before() -> None:
     code = (
         "import sys; from shoal.training import task; from shoal.training.run import RunSpec;"

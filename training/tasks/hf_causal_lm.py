@@ -61,9 +61,10 @@ class HfCausalLm:
         held_out: float = 1 / data.HELD_OUT,
         evaluation_rows: int = 64,
     ) -> None:
-        """`context`: tokens that are read of a row; `held_out`: the share that nobody trains on;
+        """Take the options of [task].
 
-        `evaluation_rows`: rows of held-out text that a turn's evaluation looks at.
+        `context`: tokens that are read at once; `held_out`: the share of blocks and records that
+        nobody trains on; `evaluation_rows`: how many of their rows a turn's evaluation looks at.
         """
         if context < 1 or evaluation_rows < 1:
             raise ValueError("context and evaluation_rows must be at least 1")
