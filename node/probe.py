@@ -101,9 +101,9 @@ def run_here(
     tables: dict[str, Any],
     members: int,
     data: str,
-    base: str,
     device: str,
     allow_task: str,
+    base: str = "",
     device_memory: int = 0,
 ) -> dict[str, Any]:
     """Build the run, take one short turn, and apply its update: what a turn costs here."""

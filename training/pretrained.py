@@ -144,7 +144,7 @@ def add_lora(model: Any, *, rank: int, alpha: float, targets: Iterable[str], see
         lora_dropout=0.0,
         target_modules=chosen or "all-linear",
     )
-    # From the run's seed and nothing that happened before, so that all peers draw the same A.
+    # From this seed and nothing that happened before, so that all peers draw the same A.
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         try:

@@ -86,6 +86,7 @@ class HfCausalLm:
 
     def model(self) -> nn.Module:
         """Return the base, in float32, and its LoRA if there is one."""
+        seed = int(torch.randint(2**62, ()))  # now: loading may draw as many numbers as it likes
         model = pretrained.load_model(
             self._source, context=self._context, tokens=len(self.tokenizer)
         )
@@ -95,7 +96,7 @@ class HfCausalLm:
                 rank=self._lora.rank,
                 alpha=self._lora.alpha,
                 targets=self._lora.targets,
-                seed=self._place.seed,
+                seed=seed,
             )
         made: nn.Module = model
         return made
