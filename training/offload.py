@@ -66,7 +66,7 @@ class Offloaded:
         self._owner = {id(p): unit for unit in self._units for p in unit.tensors()}
         self._blanks = {id(p): _blank(p, device) for unit in self._units for p in unit.tensors()}
         self._next = {(sides, a): b for a, b in pairwise(moving) for sides in (1, SIDES)}
-        """By sides and unit: which came after it the last time."""
+        """By sides and unit: which came after it the last time; at first a guess."""
         self._slots = [Slot(largest, device) for _ in range(2)]
         self._held = self._room
         """Bytes of weights on the device."""
@@ -120,6 +120,8 @@ class Offloaded:
             yield now
         finally:
             self._pass = None
+            if now.last is not None:
+                self._next.pop((len(scales), now.last), None)  # nothing follows
             for unit in self._units:
                 self._forget(unit)
             for slot in self._slots:
@@ -145,8 +147,6 @@ class Offloaded:
     def _begin(self, unit: Unit) -> None:
         if (now := self._pass) is None:
             return
-        if now.relay is not None:
-            now.relay.check()
         side = now.side()
         again = unit in now.inside[side]
         now.inside[side].append(unit)

@@ -54,24 +54,19 @@ class Relay:
             self.running = other
             self._batons[other].put(None)
             self._batons[role].get()
-        self.check()
-
-    def check(self) -> None:
-        """Raise StoppedError if a call failed."""
         if self._failed:
             raise StoppedError
 
     def _second(self, call: Callable[[], T]) -> T:
         self._batons[1].get()
-        self.check()
+        if self._failed:
+            raise StoppedError
         return self._part(1, call)
 
     def _part(self, role: int, call: Callable[[], T]) -> T:
         token = _role.set(role)
         try:
-            result = call()
-            self.check()  # a call may have swallowed what stopped it
-            return result
+            return call()
         except BaseException:
             self._failed = True
             raise

@@ -166,12 +166,12 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x) * self.scale + self.shift
+            x = block(x) * self.scale + self.shift + 0.01 * torch.rand(())
         x = self.coarse(self.norm(x).to(torch.bfloat16)).float()
         x = self.frozen(x) @ self.norm.weight.diag() + self.extra[0]
         assert self.coarse.weight.shape == (4, 4)
         assert self.coarse.weight.dtype == torch.bfloat16
-        return torch.cat([x, self.frozen.weight]) + torch.rand(()) + self.extra[1]
+        return torch.cat([x, self.frozen.weight]) + self.extra[1]
 
 
 def test_shared_frozen_nested_and_half_precise() -> None:
@@ -253,6 +253,59 @@ def test_any_order_of_calls_gives_the_same_losses(program: list[tuple[str, int]]
     for epsilon in (0.3, 1e-3):
         pair.check(batch, key, epsilon)
         pair.check_lent(batch)
+
+
+def test_the_ledger_may_change_between_two_passes() -> None:
+    """What is still on the device is of the ledger as it was."""
+    pair = Pair(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
+    for key in range(3):
+        assert pair.check(torch.ones(2, 3), key) == 2
+        pair.check_lent(torch.ones(2, 3))
+        pair.integers += 1 << 18
+
+
+def test_a_module_may_call_itself() -> None:
+    class Again(nn.Linear):
+        def forward(self, x: Tensor, deeper: bool = True) -> Tensor:
+            if deeper:
+                x = self(x, False)
+            return super().forward(x)
+
+    pair = Pair(nn.Sequential(*(Again(3, 3) for _ in range(3))))
+    assert [pair.check(torch.ones(2, 3)) for _ in range(2)] == [3, 3]
+
+
+def test_what_is_needed_in_two_places_stays_from_the_start() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+            self.head.weight = self.embedding.weight
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            self.few = nn.ModuleList([nn.Linear(2, 2)])
+            self.own = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embedding(x)
+            for block in self.blocks:
+                x = block(x)
+            y: Tensor = self.head(x)
+            return y
+
+    units = divide(model := Tied(), Parameters(model))
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {unit.name: [names[id(p)] for p in unit.tensors()] for unit in units}
+    assert found == {
+        "what is shared": ["embedding.weight", "own"],
+        "head": ["head.bias"],
+        "blocks.0": ["blocks.0.bias", "blocks.0.weight"],
+        "blocks.1": ["blocks.1.bias", "blocks.1.weight"],
+        "few.0": ["few.0.bias", "few.0.weight"],
+    }
+    pair = Pair(model)
+    pair.check(torch.arange(4))
+    assert pair.check(torch.arange(4)) == 2 + 1
+    assert divide(nn.Linear(2, 2), Parameters(nn.Linear(2, 2)))[0].name == ""
 
 
 def test_a_module_may_run_its_parts_in_threads_of_its_own() -> None:
@@ -476,6 +529,41 @@ def test_a_run_is_the_same_with_little_memory(tmp_path: Path) -> None:
         each.export(tmp_path / name)
     saved = [safetensors.torch.load_file(tmp_path / name) for name in ("one", "other")]
     assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+TASK = """
+import torch
+
+
+class Half:
+    def __init__(self, place): pass
+    def model(self):
+        layers = torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+        model = torch.nn.Sequential(*layers)
+        model[2].requires_grad_(False)
+        return model
+    def batches(self, generator):
+        while True:
+            yield torch.randn(5, 3, generator=generator)
+    def loss(self, model, batch): return model(batch).square().mean()
+"""
+
+
+def test_what_is_frozen_is_exported_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "half_frozen_for_offload"
+    (tmp_path / f"{name}.py").write_text(TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = {**RUN, "task": {"name": f"{name}:Half"}}
+    spec = RunSpec.parse(run, allow_task=f"{name}:Half")
+    saved = []
+    for memory in (0, 10**6):
+        setup = Setup(run=spec, allow_task=f"{name}:Half", device_memory=memory)
+        one = Trainer(setup, clock=lambda: 0.0)
+        one.turn(1, 1)
+        one.export(tmp_path / "out")
+        saved.append(safetensors.torch.load_file(tmp_path / "out"))
+    assert saved[0].keys() == saved[1].keys() >= {"2.weight", "1.running_mean"}
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 

@@ -51,7 +51,7 @@ def test_they_alternate_until_one_ends_and_then_the_other_goes_on(first: int, se
 def test_what_one_raises_comes_out_and_the_other_is_stopped(
     role: int, at: int, error: BaseException, swallow: bool
 ) -> None:
-    relay, stopped = Relay(), list[int]()
+    relay, stopped, began = Relay(), list[int](), list[int]()
 
     def broken() -> None:
         for _ in range(at):
@@ -59,6 +59,7 @@ def test_what_one_raises_comes_out_and_the_other_is_stopped(
         raise error
 
     def other() -> None:
+        began.append(1)
         for _ in range(20):
             try:
                 relay.hand_over(1 - role)
@@ -71,8 +72,7 @@ def test_what_one_raises_comes_out_and_the_other_is_stopped(
     with pytest.raises(type(error)) as caught:
         relay.run(*calls)
     assert caught.value is error
-    if role == 1 or at:  # else it never began
-        assert stopped
+    assert bool(began) == bool(stopped) == (role == 1 or at > 0)
 
 
 def test_both_may_fail() -> None:
