@@ -586,3 +586,35 @@ def test_the_initial_integers_may_be_read_from_their_file(tmp_path: Path) -> Non
     assert one._initial.base is not None
     one.exchange.restore(one.initial_bytes())
     assert one.fingerprint() == trainer(0).fingerprint()
+
+
+@pytest.mark.gpu
+def test_on_cuda_losses_are_the_same_and_memory_is_bounded() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    device = torch.device("cuda")
+    model, task, batch = text(layers=12, width=512, heads=8, context=64)
+    twin = copy.deepcopy(model)
+    integers = ledger.from_floats(Parameters(model).read(), BITS)
+    moving, staying = sizes(twin)
+    embedding = 2 * 256 * 512 * 4
+    memory = 3 * moving + staying + embedding
+    parts = Parameters(twin)
+    offloaded = Offloaded(task, twin, parts, BITS, device=device, memory=memory)
+    model.to(device)
+    resident = Resident(task, model, Parameters(model), BITS)
+    there = integers.to(device)
+    for key in range(4):
+        found = offloaded.losses(integers, key, 1e-2, batch)
+        assert found == pytest.approx(resident.losses(there, key, 1e-2, batch), rel=1e-5)
+    assert offloaded.peak <= memory
+    with resident.at(there) as whole, offloaded.at(integers) as lent:
+        assert float(task.loss(lent, batch)) == pytest.approx(float(task.loss(whole, batch)))
+    del model, resident, there, whole
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    offloaded.losses(integers, 9, 1e-2, batch)
+    activations = 64 << 20
+    assert torch.cuda.max_memory_allocated() - before <= memory + activations
+    assert 12 * moving > memory + activations
