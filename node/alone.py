@@ -76,13 +76,9 @@ def _main() -> None:
 
 def _measure(trainer: Any, model: Path) -> float:
     import safetensors.torch
-    import torch
 
-    # Not strict: of tied parameters the file holds one.
-    trainer.model.load_state_dict(safetensors.torch.load_file(model), strict=False)
-    trainer.model.eval()
-    with torch.no_grad():
-        return float(trainer.task.evaluate(trainer.model, thorough=True))
+    measured: float = trainer.measure(safetensors.torch.load_file(model))
+    return measured
 
 
 if __name__ == "__main__":

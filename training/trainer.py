@@ -7,7 +7,7 @@ and files it is told to use.
 import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -264,9 +264,19 @@ class Trainer:
     def evaluate(self) -> float:
         """Return the task's measure of the shared model on more held-out data than a turn uses."""
         try:
-            return self._measure(self.exchange, thorough=True)
+            return self._measure(self.exchange.integers(), thorough=True)
         except SettingError as error:
             raise RunError(str(error)) from error
+
+    def measure(self, tensors: Mapping[str, Tensor]) -> float:
+        """Return the task's measure of an exported model; the ledger stays as it is."""
+        buffers = {name: tensors[name] for name, _ in _buffers(self._model) if name in tensors}
+        self._model.load_state_dict(buffers, strict=False)
+        floats = [tensors[name].reshape(-1) for name in self._parameters.layout.names]
+        # Exact: they are integers times q, rounded to float32.
+        whole = [codec.to_integers(x * 2.0**self.exchange.quantum_bits) for x in floats]
+        integers_D = torch.cat(whole).to(self.exchange.integers().device, torch.int32)
+        return self._measure(integers_D, thorough=True)
 
     def alone(self, steps: int) -> float:
         """Train on without anybody, `steps` steps in all; return the measure: the yardstick.
@@ -284,7 +294,8 @@ class Trainer:
                     private, plan.codec, turn=turn, steps=share, seed=plan.seed
                 )
                 private.keep(lesson.brought, plan.codec)
-        return self._measure(private, thorough=True)
+        floats_D = None if private.drift is None else private.start()
+        return self._measure(private.integers(), thorough=True, instead=floats_D)
 
     # ---- files
 
@@ -520,16 +531,18 @@ class Trainer:
         return fitting
 
     def _measure_quickly(self) -> float:
-        return self._measure(self.exchange, thorough=False)
+        return self._measure(self.exchange.integers(), thorough=False)
 
-    def _measure(self, exchange: LedgerExchange, *, thorough: bool) -> float:
-        """Return the task's measure of a model."""
+    def _measure(
+        self, integers_D: Tensor, *, thorough: bool, instead: Tensor | None = None
+    ) -> float:
+        """Return the task's measure of a model, or of floats `instead` of its integers."""
         evaluate = getattr(self._task, "evaluate", None)
         if evaluate is None:
             return NAN
-        with self._forwards.at(exchange.integers()) as model:
-            if exchange is not self.exchange and exchange.drift is not None:
-                self._parameters.write(exchange.start())
+        with self._forwards.at(integers_D) as model:
+            if instead is not None:
+                self._parameters.write(instead)
             return float(evaluate(model, thorough=thorough))
 
     def _try_one_step(self) -> None:

@@ -530,6 +530,8 @@ def test_a_run_is_the_same_with_little_memory(tmp_path: Path) -> None:
     saved = [safetensors.torch.load_file(tmp_path / name) for name in ("one", "other")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert one.measure(saved[0]) == other.measure(saved[0]) == one.evaluate()
+    assert trainer(0).evaluate() != one.evaluate()
 
 
 TASK = """
