@@ -28,6 +28,8 @@ FORWARD, BACKWARD = 1, 2
 WITHIN = 1.02
 FEWER = 10
 MOST_UP, MOST_DOWN = 1_600, 16_384
+ROUNDS = 4
+"""Turns of Ferret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,10 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="a turn (default: 200)")
     parser.add_argument("--pool", type=int, default=4096, metavar="K", help="seeds (default: 4096)")
     parser.add_argument(
-        "--rates", default="0", metavar="X,…", help="lr of steps without gradients; 0: by the size"
+        "--rates",
+        default="2e-4,1e-3",
+        metavar="X,…",
+        help="lr to try for steps without gradients, here and there (default: 2e-4,1e-3)",
     )
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="(default: 8)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="(default: 1)")
@@ -142,12 +147,11 @@ def _rows(args: argparse.Namespace, data: str, rates: Sequence[float]) -> list[R
     loss, sent = min(federated)
     up = sent / peers / turns
     rows.append(Row("fedkseed", loss, forwards, peers * forwards, up, (peers - 1) * up))
-    rounds = max(1, turns)
-    local = max(1, math.floor(forwards / FEWER / (FORWARD + BACKWARD) / rounds))
-    ferret = {"kind": "projection", "coefficients": 1024}
-    loss, _, sent = _tune(args, data, peers, rounds, ferret, local)
-    passes = (FORWARD + BACKWARD) * local * rounds
-    up = sent / peers / rounds
+    local = max(1, math.floor(forwards / FEWER / (FORWARD + BACKWARD) / ROUNDS))
+    ferret = {"kind": "projection", "coefficients": 1024, "outer_lr": 10.0}
+    loss, _, sent = _tune(args, data, peers, ROUNDS, ferret, local)
+    passes = (FORWARD + BACKWARD) * local * ROUNDS
+    up = sent / peers / ROUNDS
     rows.append(Row("ferret", loss, passes, peers * passes, up, (peers - 1) * up))
     return rows
 
