@@ -1,12 +1,15 @@
 """--device-memory: how the size reaches the worker, whatever starts it; steps that were skipped."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from shoal.node import cli, foreground, founding, probe
+from shoal.node import cli, foreground, founding, pipe, probe
 from shoal.node.commands import swarm
 from shoal.node.config import NodeConfig, RunFile, parse_size
+from shoal.node.duties import Duties
 from shoal.node.errors import ConfigError
 from shoal.node.home import Home
 from shoal.node.identity import Identity
@@ -67,3 +70,72 @@ def test_doctor_hands_it_to_the_trial() -> None:
     given = {"members": 2, "data": "", "base": "", "device": "cpu", "allow_task": ""}
     found = probe.ask("run", tables=tables, **given, device_memory=1000)
     assert "--device-memory: two of this model's blocks" in found["error"]
+
+
+# ---- in the worker
+
+TASK = """
+import torch
+
+
+class Holes:
+    drawn = 0
+
+    def __init__(self, place): pass
+    def model(self): return torch.nn.Linear(3, 1)
+    def batches(self, generator):
+        while True:
+            yield torch.randn(4, 3, generator=generator)
+    def loss(self, model, batch):
+        Holes.drawn += 1
+        factor = float("nan") if Holes.drawn % 10 == 3 else 1.0
+        return model(batch).square().mean() * factor
+"""
+
+
+def opened(directory: Path, founded: pipe.Founded, setup: pipe.Setup) -> tuple[Duties, Any]:
+    worker = Duties()
+    initial = directory / "initial.bin"
+    request = pipe.Open(
+        setup, founded.parameters, founded.layout, founded.initial_root, str(initial)
+    )
+    return worker, worker.answer(request, memoryview(b""))[0]
+
+
+def test_skipped_steps_are_said_and_the_initial_model_lies_in_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "holes_in_losses.py").write_text(TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "holes_in_losses:Holes"
+    run = {
+        "run": {"name": "holes"},
+        "task": {"name": name},
+        "exchange": {"update": {"kind": "scalar", "perturbations": 10, "lr": 0.01}},
+    }
+    for memory in (0, 10_000):
+        setup = pipe.Setup(
+            run, b"m" * 32, device="cpu", device_memory=memory, threads=1, allow_task=name
+        )
+        founded = Duties().answer(pipe.Found(setup), memoryview(b""))[0]
+        assert isinstance(founded, pipe.Founded)
+        worker, ready = opened(tmp_path, founded, setup)
+        assert (ready.device, ready.frontier) == ("cpu (1 threads)", [])
+        __import__("holes_in_losses").Holes.drawn = 0
+        caplog.clear()
+        turned, body = worker.answer(pipe.Turn(1, 1.0), memoryview(b""))
+        assert isinstance(turned, pipe.Turned)
+        assert (turned.steps, turned.skipped, turned.dropped) == (10, 2, None)
+        assert [r.getMessage() for r in caplog.records] == [
+            "turn 1: 2 of 10 steps skipped, since their loss was not finite"
+        ]
+        payload = bytes(body[0])
+        item = pipe.Item(b"m" * 32, 1, 1, 1, "scalar", len(payload), len(payload))
+        moved = worker.answer(pipe.Apply([item]), memoryview(payload))[0]
+        assert isinstance(moved, pipe.Done)
+        assert moved.fingerprint != ready.fingerprint
+        assert worker._trainer is not None
+        assert isinstance(worker._trainer._initial, np.memmap)
+        back = worker.answer(pipe.Reset(), memoryview(b""))[0]
+        assert isinstance(back, pipe.Done)
+        assert back.fingerprint == ready.fingerprint

@@ -92,7 +92,7 @@ class FakeWorker:
                 flipped = (self.value[0] ^ self.flipped, self.value[1])
                 return self._done([], flipped)
             case pipe.Turn(turn, _):
-                return pipe.Turned("fake", 1.0, None, 3, 0.1), payload(turn)
+                return pipe.Turned("fake", 1.0, None, 3, 0.1, skipped=turn), payload(turn)
             case pipe.Evaluate():
                 return pipe.Measured(2.5), b""
             case _:
@@ -344,6 +344,6 @@ def test_progress_survives_a_restart_of_the_worker(tmp_path: Path) -> None:
         scene.foreman.give(ev.StartTurn(2, 1.0, ()))
         await scene.until(ev.TurnDone, 2)
         now: Progress = scene.foreman.now
-        assert (now.turn, now.steps) == (2, 6)
+        assert (now.turn, now.steps, now.skipped) == (2, 6, 1 + 2)
 
     play(tmp_path, scenario)
