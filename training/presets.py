@@ -113,8 +113,11 @@ def fedkseed_pro() -> Tables:
 
 
 def ferret() -> Tables:
-    """Ferret (Shu et al. 2024, arXiv 2409.06277): gradients, projected on 1024 seeds."""
-    return _update(kind="projection", coefficients=1024)
+    """Ferret (Shu et al. 2024, arXiv 2409.06277): gradients, projected on 1024 seeds.
+
+    Without a residual, as there; for large models raise outer_lr, which the paper sets to 10.
+    """
+    return _update(kind="projection", coefficients=1024, decay=0.0)
 
 
 def subspace() -> Tables:

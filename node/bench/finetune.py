@@ -148,7 +148,7 @@ def _rows(args: argparse.Namespace, data: str, rates: Sequence[float]) -> list[R
     up = sent / peers / turns
     rows.append(Row("fedkseed", loss, forwards, peers * forwards, up, (peers - 1) * up))
     local = max(1, math.floor(forwards / FEWER / (FORWARD + BACKWARD) / ROUNDS))
-    ferret = {"kind": "projection", "coefficients": 1024, "outer_lr": 10.0}
+    ferret = {"kind": "projection", "coefficients": 1024, "outer_lr": 50.0, "decay": 0.0}
     loss, _, sent = _tune(args, data, peers, ROUNDS, ferret, local)
     passes = (FORWARD + BACKWARD) * local * ROUNDS
     up = sent / peers / ROUNDS
