@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from shoal.compression.codec import Codec
+from shoal.compression.codec import Directed
 from shoal.training.fingerprint import Lanes
 from shoal.training.lesson import Steps
 
@@ -60,7 +60,7 @@ class Exchange(Protocol):
         """Return the vector to train from: the shared model and what was learnt here since."""
         ...
 
-    def chances(self, codec: Codec) -> Tensor | None:
+    def chances(self, codec: Directed) -> Tensor | None:
         """Return how likely this codec's author is to draw each direction, float64 of sum 1.
 
         None: the codec decides.

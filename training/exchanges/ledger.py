@@ -58,7 +58,7 @@ class LedgerExchange:
         turns for which this peer was not drawn. Local steps go on from shared model + drift."""
         self._pending_drift: Tensor | None = None
 
-    def chances(self, codec: Codec) -> Tensor | None:
+    def chances(self, codec: Directed) -> Tensor | None:
         """Return the weights of the pool's seeds if the codec names what it draws, else None."""
         if getattr(codec, "sampling", "") != "pro":
             return None

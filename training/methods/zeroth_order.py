@@ -48,36 +48,41 @@ class ZerothOrder:
         no part in it: slopes are those of the shared model.
         """
         assert isinstance(codec, Directed)
-        count = min(steps, codec.perturbations)
-        chances_K = exchange.chances(codec)
-        directions = codec.draw(count, chances_K, key=seed)
-        reweigh_S = torch.ones(count, dtype=torch.float64)
-        if chances_K is not None and self._settings.unbiased:
-            reweigh_S /= len(chances_K) * chances_K[directions]
         tools, device = self._tools, self._tools.parameters.device
-        started = tools.clock()
-        buffers = parameters.floating_buffers(tools.model)
+        directions, shares = self._draw(exchange, codec, steps, seed)
+        started, buffers = tools.clock(), parameters.floating_buffers(tools.model)
+        losses: list[float] = []
+        sizes: list[float] = []
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             walk(exchange) as stride,
         ):
             torch.manual_seed(seed)
             batches = tools.task.batches(torch.Generator().manual_seed(seed))
-            means_S, sizes_S = [], []
-            for number, direction in enumerate(directions.tolist()):
+            for direction, share in zip(directions.tolist(), shares, strict=True):
                 key = codec.key(direction)
-                mean, slope = self._measure(exchange.integers(), key, next(batches))
-                size = -self._reach(slope * float(reweigh_S[number])) * self._settings.lr
-                size *= tools.factor(turn - 1 + number / count)
+                loss, slope = self._measure(exchange.integers(), key, next(batches))
+                rate = self._settings.lr * tools.factor(turn - 1 + len(sizes) / len(shares))
+                size = -rate * self._reach(slope * share)
                 if self._settings.walk and math.isfinite(size):
                     stride(key, size)
-                means_S.append(mean)
-                sizes_S.append(size)
+                losses.append(loss)
+                sizes.append(size)
         self._check(buffers)
-        return lesson(directions, means_S, sizes_S, tools.clock() - started, turn)
+        return lesson(directions, losses, sizes, tools.clock() - started, turn)
 
     def forget(self) -> None:
         """Do nothing: a turn leaves nothing behind."""
+
+    def _draw(
+        self, exchange: Exchange, codec: Directed, steps: int, seed: int
+    ) -> tuple[Tensor, list[float]]:
+        """Return directions, and by how much the slope along each counts."""
+        chances_K = exchange.chances(codec)
+        directions = codec.draw(min(steps, codec.perturbations), chances_K, key=seed)
+        if chances_K is None or not self._settings.unbiased:
+            return directions, [1.0] * len(directions)
+        return directions, (1 / (len(chances_K) * chances_K[directions])).tolist()
 
     def _measure(self, integers_D: Tensor, key: int, batch: object) -> tuple[float, float]:
         """Return the loss here and its slope along z(key); NaN if it is not finite."""
