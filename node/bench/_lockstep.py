@@ -2,7 +2,7 @@
 
 Everything that decides what is learnt is the product's own: `Trainer.turn`, payloads, rules,
 ledger. Since the ledger is a function of what it holds, one of them takes in all updates and the
-others copy its integers: that is what makes thousands of turns of eight peers take minutes.
+others take over its integers: that is what makes thousands of turns of eight peers take minutes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,3 +81,4 @@ class Lockstep:
                 raise AssertionError(f"turn {self.turn}: {outcome.refused}")
         for other in others:
             other.integers().copy_(first.integers())
+            other.pool = first.pool

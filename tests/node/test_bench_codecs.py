@@ -126,7 +126,9 @@ def test_options_are_checked_before_anything_is_measured(
     assert codecs.parse_sizes("1M,2.5M,300k,7") == [1_000_000, 2_500_000, 300_000, 7]
 
 
-@pytest.mark.parametrize("name", ["codecs", "overhead", "scalars", "simulator", "tuning"])
+@pytest.mark.parametrize(
+    "name", ["codecs", "finetune", "liars", "onebyte", "overhead", "scalars", "simulator", "tuning"]
+)
 def test_every_benchmark_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["bench", name, "--help"])
