@@ -99,10 +99,13 @@ def _entries(parts: Sequence[Decoded]) -> Decoded:
     return replace(first, values=total_D, indices=None)
 
 
-def table(parts: Sequence[Combination]) -> tuple[Tensor, NDArray[np.int64]]:
-    """Return all keys, sorted, and int64[N, K]: what each part says along each, zero if nothing."""
+def table(parts: Sequence[Combination], *, least: int = 0) -> tuple[Tensor, NDArray[np.int64]]:
+    """Return all keys, sorted, and int64[N, K]: what each part says along each, zero if nothing.
+
+    N is `least` or more: rows that no part has are zero.
+    """
     keys_K = torch.unique(torch.cat([part.keys for part in parts]))
-    said_NK = np.zeros((len(parts), len(keys_K)), np.int64)
-    for row_K, part in zip(said_NK, parts, strict=True):
+    said_NK = np.zeros((max(len(parts), least), len(keys_K)), np.int64)
+    for row_K, part in zip(said_NK, parts, strict=False):
         row_K[torch.searchsorted(keys_K, part.keys).numpy()] = part.coefficients.numpy()
     return keys_K, said_NK

@@ -125,7 +125,8 @@ def _parse(given: Mapping[str, Any], allow_task: str | None) -> RunSpec:
     local = _table(tables.Local, given, "local")
     exchange = _table(tables.Exchange, given, "exchange")
     swarm = _table(tables.Swarm, given, "swarm")
-    exchange = replace(exchange, rule=turn_rule.filled(exchange.rule))
+    voters = max(1, int(swarm.min_peers * exchange.participation))
+    exchange = replace(exchange, rule=turn_rule.filled(exchange.rule, peers=voters))
     inner, curve = _optimizer(local.optimizer, run.turns)
     if reason := control.ledger(exchange.control):
         raise SettingError(

@@ -10,6 +10,12 @@ one, that of the smallest (log, number): one vote a peer and turn. That is why n
 an author's turns never decreasing: who goes back to an old turn finds that it has voted there, or
 votes late, which it could have done from a fresh log as well.
 
+Where nobody waits for the others (`pace = "free"`), who comes first in a turn would decide it
+until the others come, and who publishes turns far ahead could decide many. So while fewer have
+voted than the rule's `quorum`, those that are missing count as votes for zero, and a few who come
+first move the model little or not at all. Peers that left for good are missed for ever: a swarm
+that has shrunk to half of a quorum stands still.
+
 What no rule can do. Against false identities nothing is gained: whoever is the majority of a
 turn's voters decides it, and `admission = "open"` lets anybody have many (Douceur, "The Sybil
 attack", 2002). With one voter or two there is no majority to trust. Peers whose data differ
@@ -37,6 +43,8 @@ from shoal.compression.settings import SettingError, build, fill, unknown
 from shoal.training import contribution
 
 Said = NDArray[np.int64]
+"""What N voters say along K directions."""
+MOST_QUORUM = 4096
 
 
 class TurnRule(Protocol):
@@ -75,10 +83,13 @@ def names() -> list[str]:
     return sorted(_rules)
 
 
-def filled(given: str | Mapping[str, Any], *, where: str = "exchange.rule") -> dict[str, Any]:
+def filled(
+    given: str | Mapping[str, Any], *, peers: int = 0, where: str = "exchange.rule"
+) -> dict[str, Any]:
     """Return name and all options of what a run file names: a name, or a table with a name.
 
-    Raises SettingError.
+    For rules along directions a quorum that is not given is the majority of the `peers` that are
+    expected to vote. Raises SettingError.
     """
     table: Any = {"name": given} if isinstance(given, str) else given
     options = dict(table) if isinstance(table, Mapping) else {}
@@ -88,6 +99,8 @@ def filled(given: str | Mapping[str, Any], *, where: str = "exchange.rule") -> d
     cls = _find(name, where)
     values = fill(cls, options, where=where)
     build(cls, values, where=where)
+    if peers and getattr(cls, "along", False) and not values["quorum"]:
+        values["quorum"] = peers // 2 + 1
     return {"name": name, **values}
 
 
@@ -107,21 +120,28 @@ def exactly(number: float) -> Fraction:
     return Fraction(str(number))
 
 
-def column_by_column(
-    updates: Sequence[Contribution], rule: Callable[[Said], Said]
-) -> Contribution | None:
-    """Return what a rule makes of int64[N, K], what N peers say along K directions: int64[K].
+def check_quorum(quorum: int) -> None:
+    """Refuse what is no number of votes."""
+    if not 0 <= quorum <= MOST_QUORUM:
+        raise ValueError(f"quorum = {quorum}; use 0 (left to the rule) to {MOST_QUORUM} votes")
 
-    Who says nothing along a direction, having published fewer, says zero there: so a few who say
-    more than the others cannot decide alone where these are silent.
+
+def column_by_column(
+    updates: Sequence[Contribution], quorum: int, rule: Callable[[Said, int], Said]
+) -> Contribution | None:
+    """Return what a rule makes of the votes, int64[N, K], of which so many are real: int64[K].
+
+    The rest of N, which is `quorum` or more, are zeros. Who says nothing along a direction, having
+    published fewer, says zero there, too: so a few who say more than the others cannot decide alone
+    where these are silent.
     """
     combinations = [update for update in updates if isinstance(update, Combination)]
     if len(combinations) < len(updates):
         raise TypeError("the updates of this turn are not along directions")
     if not combinations:
         return None
-    keys_K, said_NK = contribution.table(combinations)
-    found_K = torch.from_numpy(np.ascontiguousarray(rule(said_NK)))
+    keys_K, said_NK = contribution.table(combinations, least=quorum)
+    found_K = torch.from_numpy(np.ascontiguousarray(rule(said_NK, len(combinations))))
     return contribution.combination(combinations[0], keys_K, found_K)
 
 

@@ -32,8 +32,12 @@ ALONG: list[dict[str, Any]] = [
     {"name": "trimmed_mean", "cut": 0.0},
     {"name": "clip"},
     {"name": "clip", "factor": 2.345},
+    {"name": "median", "quorum": 4},
+    {"name": "trimmed_mean", "cut": 0.3, "quorum": 5},
+    {"name": "clip", "quorum": 3},
 ]
-EVERY = [{"name": "sum"}, {"name": "clip_norm"}, *ALONG]
+NORMS: list[dict[str, Any]] = [{"name": "clip_norm"}, {"name": "clip_norm", "quorum": 3}]
+EVERY = [{"name": "sum"}, *NORMS, *ALONG]
 
 
 def label(rule: dict[str, Any]) -> str:
@@ -45,44 +49,50 @@ def label(rule: dict[str, Any]) -> str:
 Column = list[int]
 
 
-def median(said: Column) -> int:
-    middle = Fraction(statistics.median([Fraction(v) for v in said]))
-    return int(len(said) * middle)
+def median(votes: Column, count: int) -> int:
+    return math.floor(count * Fraction(statistics.median([Fraction(v) for v in votes])))
 
 
-def trimmed(cut: float) -> Callable[[Column], int]:
-    def rule(said: Column) -> int:
-        off = math.floor(Fraction(str(cut)) * len(said))
-        left = sorted(said)[off : len(said) - off]
-        return math.floor(Fraction(len(said) * sum(left), len(left)))
+def trimmed(cut: float) -> Callable[[Column, int], int]:
+    def rule(votes: Column, count: int) -> int:
+        off = math.floor(Fraction(str(cut)) * len(votes))
+        left = sorted(votes)[off : len(votes) - off]
+        return math.floor(Fraction(count * sum(left), len(left)))
 
     return rule
 
 
-def clip(factor: float) -> Callable[[Column], int]:
-    def rule(said: Column) -> int:
-        most = math.floor(Fraction(str(factor)) * statistics.median_low(map(abs, said)))
-        return sum(max(-most, min(most, v)) for v in said)
+def clip(factor: float) -> Callable[[Column, int], int]:
+    def rule(votes: Column, count: int) -> int:
+        most = math.floor(Fraction(str(factor)) * statistics.median_low(map(abs, votes)))
+        return sum(max(-most, min(most, v)) for v in votes)
 
     return rule
 
 
 def oracle(rule: dict[str, Any]) -> Callable[[Column], int]:
-    return {
-        "median": lambda: median,
-        "trimmed_mean": lambda: trimmed(rule.get("cut", 0.25)),
-        "clip": lambda: clip(rule.get("factor", 1.0)),
-        "sum": lambda: sum,
-    }[rule["name"]]()
+    found = {
+        "median": median,
+        "trimmed_mean": trimmed(rule.get("cut", 0.25)),
+        "clip": clip(rule.get("factor", 1.0)),
+    }[rule["name"]]
+
+    def with_quorum(said: Column) -> int:
+        silent = [0] * (rule.get("quorum", 0) - len(said))
+        return found([*said, *silent], len(said))
+
+    return with_quorum
 
 
 def towards_zero(value: int, fraction: int) -> int:
     return (abs(value) * fraction >> 30) * (-1 if value < 0 else 1)
 
 
-def clipped(rows: Sequence[Sequence[int]], squares: Sequence[int]) -> list[list[int]]:
+def clipped(
+    rows: Sequence[Sequence[int]], squares: Sequence[int], quorum: int = 0
+) -> list[list[int]]:
     """Rows scaled to the median norm; the fraction is found by trying, not by a square root."""
-    middle = statistics.median_low(squares)
+    middle = statistics.median_low([*squares, *[0] * (quorum - len(squares))])
     out = []
     for row, s in zip(rows, squares, strict=True):
         fraction = 1 << 30
@@ -145,17 +155,20 @@ def test_a_rule_along_directions_is_its_definition(
 
 
 @settings(max_examples=60, deadline=None)
-@given(said=st.lists(st.lists(coefficients, min_size=2, max_size=2), min_size=1, max_size=7))
-def test_no_update_is_longer_than_the_median_norm(said: list[list[int]]) -> None:
-    made = turn_rule.make("clip_norm")
+@given(
+    said=st.lists(st.lists(coefficients, min_size=2, max_size=2), min_size=1, max_size=7),
+    quorum=st.integers(0, 5),
+)
+def test_no_update_is_longer_than_the_median_norm(said: list[list[int]], quorum: int) -> None:
+    made = turn_rule.make({"name": "clip_norm", "quorum": quorum})
     squares = [SIZE * sum(v * v for v in row) for row in said]
-    rows = clipped(said, squares)
+    rows = clipped(said, squares, quorum)
     found = made.total([scalars(1, row) for row in said])
     assert isinstance(found, Combination)
     sums = dict(zip(keys_of(1)[:2].tolist(), np.array(rows, object).sum(0), strict=True))
     expected = wrapped(np.array([sums[k] for k in found.keys.tolist()], object))
     assert found.coefficients.tolist() == expected
-    middle = statistics.median_low(squares)
+    middle = statistics.median_low([*squares, *[0] * (quorum - len(squares))])
     assert all(SIZE * sum(v * v for v in row) <= middle for row in rows)
 
 
@@ -175,6 +188,25 @@ def test_vectors_of_every_form_are_scaled_alike(rows: list[list[int]], sparse: l
     assert found.offset == 3
     expected = np.array(clipped(rows, [sum(v * v for v in row) for row in rows]), object).sum(0)
     assert found.dense().tolist() == wrapped(expected)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "clip"])
+def test_who_comes_first_or_runs_ahead_decides_nothing_alone(rule: str) -> None:
+    """Until a quorum is there the missing say zero, and a turn stands for the votes there are."""
+    made = turn_rule.make(turn_rule.filled(rule, peers=8))
+
+    def total(*said: int) -> int:
+        found = made.total([scalars(1, [v]) for v in said])
+        assert isinstance(found, Combination)
+        return int(found.coefficients[0])
+
+    assert total(127) == 0
+    if rule != "trimmed_mean":
+        assert total(127, -127) == 0
+        assert total(127, 127) == 0
+    assert abs(total(127, 127)) <= 127
+    assert 0 < total(10, 10, 10) <= 30
+    assert total(10, 10, 10, 10, 10) == 50
 
 
 @pytest.mark.parametrize("rule", ALONG, ids=label)
@@ -214,7 +246,8 @@ def expected_model(rule: dict[str, Any], held: Held) -> list[int]:
         votes = {key[0]: held[key][1] for key in reversed(mine)}
         said = [v.coefficients.tolist() for v in votes.values() if isinstance(v, Combination)]
         if rule["name"] == "clip_norm":
-            rows = clipped(said, [SIZE * sum(v * v for v in row) for row in said])
+            squares = [SIZE * sum(v * v for v in row) for row in said]
+            rows = clipped(said, squares, rule.get("quorum", 0))
             for row in rows:
                 total += written(scalars(turn, row))
             continue
@@ -310,8 +343,9 @@ def test_one_peer_has_one_vote_a_turn_that_of_the_smallest_log_and_number(
     many.take_in(1, honest)
     many.take_in(1, {(liar, 5, 2): scalars(1, [7, 7])})
     assert torch.equal(one.model, many.model)
-    # In another turn it has another vote.
-    assert many.add((liar, 5, 1), 2, scalars(2, [3])) != (0, 0)
+    # In another turn it has another vote, if that turn has a quorum.
+    moved = many.add((liar, 5, 1), 2, scalars(2, [3])) != (0, 0)
+    assert moved == ("quorum" not in rule)
     # When the log that voted is closed, the next one votes.
     many.take_out(1, [(liar, 5, n) for n in range(2, 30)])
     next_one = Ledger(initial(), turn_rule.make(rule))
@@ -401,7 +435,10 @@ def test_every_rule_is_found_filled_and_says_what_it_needs() -> None:
         assert rule.alone == (name == "sum")
         assert rule.total([]) is None
         assert not (rule.alone and rule.along)
-    assert turn_rule.filled({"name": "trimmed_mean"}) == {"name": "trimmed_mean", "cut": 0.25}
+        assert turn_rule.filled(name, peers=8).get("quorum", 0) == (5 if rule.along else 0)
+    given = {"name": "trimmed_mean", "cut": 0.25, "quorum": 0}
+    assert turn_rule.filled({"name": "trimmed_mean"}) == given
+    assert turn_rule.filled({"name": "median", "quorum": 2}, peers=8)["quorum"] == 2
 
 
 @pytest.mark.parametrize(
@@ -413,6 +450,9 @@ def test_every_rule_is_found_filled_and_says_what_it_needs() -> None:
         ({"name": "clip", "factor": 1e7}, "at most a million"),
         ({"name": "trimmed_mean", "cut": 0.5}, "less than 0.5"),
         ({"name": "trimmed_mean", "cut": -0.1}, "less than 0.5"),
+        ({"name": "median", "quorum": -1}, "quorum = -1"),
+        ({"name": "median", "quorum": 5000}, "quorum = 5000"),
+        ({"name": "clip_norm", "quorum": 5000}, "quorum = 5000"),
         ({"name": "trimmed_mean", "cut": "much"}, "must be float"),
         ({"cut": 0.1}, "names no rule"),
         ({"name": 3}, "names no rule"),
@@ -427,12 +467,13 @@ def test_a_wrong_rule_is_one_line_with_the_remedy(given: Any, said: str) -> None
     assert "\n" not in str(raised.value)
 
 
-def run_file(rule: Any, *updates: dict[str, Any]) -> dict[str, Any]:
+def run_file(rule: Any, *updates: dict[str, Any], **more: Any) -> dict[str, Any]:
     given = list(updates) if len(updates) > 1 else updates[0]
     return {
         "run": {"name": "digits"},
         "task": {"name": "digits"},
-        "exchange": {"rule": rule, "update": given},
+        "exchange": {"rule": rule, "update": given, **more},
+        "swarm": {"min_peers": 6},
     }
 
 
@@ -441,9 +482,15 @@ COMMON = {"kind": "scalar", "directions": "common", "lr": 0.01}
 
 def test_a_run_file_carries_its_rule_filled_in() -> None:
     spec = RunSpec.parse(run_file("trimmed_mean", COMMON))
-    assert spec.filled()["exchange"]["rule"] == {"name": "trimmed_mean", "cut": 0.25}
+    assert spec.filled()["exchange"]["rule"] == {
+        "name": "trimmed_mean",
+        "cut": 0.25,
+        "quorum": 4,
+    }
     assert spec.exchange.combines()
     assert RunSpec.parse(spec.filled()).filled() == spec.filled()
+    fewer = RunSpec.parse(run_file("median", COMMON, participation=0.5))
+    assert fewer.filled()["exchange"]["rule"] == {"name": "median", "quorum": 2}
     plain = RunSpec.parse(run_file("sum", {"kind": "sparse"}))
     assert plain.filled()["exchange"]["rule"] == {"name": "sum"}
     assert not plain.exchange.combines()

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from shoal.compression.codec import Contribution, squares_of
 from shoal.training import contribution
-from shoal.training.turn_rule import turn_rule
+from shoal.training.turn_rule import check_quorum, turn_rule
 
 
 @turn_rule("clip_norm")
@@ -16,8 +16,9 @@ class ClipNorm:
     """The sum of n updates, each scaled down to the median norm of the turn if it is longer.
 
     Norms are compared by their exact squares s (those that `exchange.clip` bounds); the median m is
-    of an even number the lower of the two in the middle. A longer update is multiplied by
-    ⌊2^30 · √(m/s)⌋ / 2^30, every number rounded toward zero, so that no result is longer than √m.
+    of an even number the lower of the two in the middle, zeros that fill a quorum among them. A
+    longer update is multiplied by ⌊2^30 · √(m/s)⌋ / 2^30, every number rounded toward zero, so that
+    no result is longer than √m.
     (Sun et al., "Can you really backdoor federated learning?", 2019, arXiv 1911.07963, clip to a
     fixed norm; SparseLoCo's code clips to the median of the peers' norms.)
 
@@ -29,13 +30,24 @@ class ClipNorm:
     of the honest. Half of the voters sending nothing stops the others.
     """
 
+    quorum: int = 0
+    """Votes that a turn needs: those that are missing count as zero; 0: none. With one, a peer
+    trains on without its own last turn until the others have published theirs: what it learns
+    twice counts twice."""
+
     alone: ClassVar[bool] = False
     along: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_quorum(self.quorum)
 
     def total(self, updates: Sequence[Contribution]) -> Contribution | None:
         """Return the sum of what is left."""
         squares = [squares_of(update) for update in updates]
-        middle = sorted(squares)[(len(squares) - 1) // 2] if squares else 0
+        silent = [0] * (self.quorum - len(squares))
+        all_squares = sorted(squares + silent)
+        middle = all_squares[(len(all_squares) - 1) // 2] if squares else 0
         return contribution.added(
             [
                 update if s <= middle else contribution.scaled(update, _fraction(middle, s))
