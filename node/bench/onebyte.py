@@ -29,6 +29,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--perturbations", type=int, default=4, metavar="N", help="slopes a turn (default: 4)"
     )
+    parser.add_argument("--lr", type=float, default=0.03, help="(default: 0.03)")
     parser.add_argument("--alpha", type=float, default=0.0, help="Dirichlet label skew; 0: none")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
 
@@ -91,6 +92,7 @@ def tables(args: argparse.Namespace, seed: int) -> dict[str, Any]:
                 "directions": "own",
                 "perturbations": args.perturbations,
                 "walk": False,
+                "lr": args.lr,
             }
         },
         "swarm": {"min_peers": args.peers},

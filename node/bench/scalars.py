@@ -14,7 +14,7 @@ byte, and its share of the signed record that carries a turn's bytes.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from shoal.node.bench._report import Row, add_json, beside, machine, show
@@ -34,13 +34,10 @@ DRAWN = 2
 ROUNDS, REPEATS = 3, 3
 """Each speed is timed in so many rounds, so often or more in each; the best counts."""
 UNIT = "parameter·seeds/s"
-TRAINED = {
-    "run": {"name": "scalars", "turns": 1},
-    "task": {"name": "text", "model": {"layers": 4, "width": 256, "heads": 4, "context": 128}},
-    "local": {"batch": 8, "evaluate_every": 0},
-    "exchange": {"update": {"kind": "scalar", "perturbations": 16}},
-}
-"""A run of a model large enough for its passes to be what takes time."""
+TRAINED = {"layers": 4, "width": 256, "heads": 4, "context": 128}
+"""A model large enough for its passes to be what takes time …"""
+QUICK = {"layers": 1, "width": 32, "heads": 1, "context": 32}
+"""… and one that is not."""
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
     where = f"{machine()}, {threads}" if args.device == "cpu" else device_name()
     rows = [row for r in replays for row in r.rows()]
-    rows += training(args.device, rounds)
+    rows += training(args.device, rounds, QUICK if args.quick else TRAINED)
     show("scalars", rows, as_json=args.json, where=where)
     slow = too_slow(replays) if args.device == "cpu" else []
     for said in slow:
@@ -114,7 +111,7 @@ class Replay:
             yield beside(f"{name}, beside copied float32", speed, UNIT, self.copied)
 
 
-def training(device: str, rounds: int) -> Iterable[Row]:
+def training(device: str, rounds: int, model: Mapping[str, int]) -> Iterable[Row]:
     """Yield what a turn without gradients costs beside bare forward passes."""
     import torch
 
@@ -122,7 +119,14 @@ def training(device: str, rounds: int) -> Iterable[Row]:
     from shoal.training.trainer import Setup, Trainer
 
     print("training along seeds", file=sys.stderr, flush=True)
-    spec = RunSpec.parse(TRAINED)
+    spec = RunSpec.parse(
+        {
+            "run": {"name": "scalars", "turns": 1},
+            "task": {"name": "text", "model": model},
+            "local": {"batch": 8, "evaluate_every": 0},
+            "exchange": {"update": {"kind": "scalar", "perturbations": 4}},
+        }
+    )
     trainer = Trainer(Setup(run=spec, device=device), clock=time.monotonic)
     turned = trainer.turn(1, 1.0)
     steps = len(turned.payload or b"")
@@ -148,15 +152,13 @@ def training(device: str, rounds: int) -> Iterable[Row]:
         "1/s",
         2 * steps / theirs,
     )
-    model = 4 * trainer.parameters
+    weights = 4 * trainer.parameters
     if (most := extra(turn, device)) is not None and (usual := extra(bare, device)) is not None:
         yield beside(
-            f"{label}, memory beyond bare passes, beside the weights", most - usual, "B", model
+            f"{label}, memory beyond bare passes, beside the weights", most - usual, "B", weights
         )
-    yield beside(f"{label}, payload a step, beside a float32 gradient", 1.0, "B", model)
-    yield Row(
-        "a step's share of its signed record", record_bytes(turned.payload or b"") / steps, "B"
-    )
+    yield beside(f"{label}, payload a step, beside a float32 gradient", 1.0, "B", weights)
+    yield Row("a step's share of a signed record of 16", record_bytes(bytes(16)) / 16, "B")
 
 
 def record_bytes(payload: bytes) -> int:

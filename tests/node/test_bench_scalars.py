@@ -92,13 +92,18 @@ def test_the_command_prints_rows_and_answers(
         return Replay(size, {16: speed}, randn=1e9, copied=1e9)
 
     monkeypatch.setattr(Replay, "measure", measure)
+    monkeypatch.setattr(scalars, "TRAINED", scalars.QUICK)
     assert cli.main(["bench", "scalars", "--sizes", "20k,3M", "--threads", "1", "--json"]) == code
     assert asked == [(20_000, "cpu", scalars.ROUNDS, 1), (3_000_000, "cpu", scalars.ROUNDS, 1)]
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert found["bench"] == "scalars"
     assert found["machine"].endswith(", 1 thread")
-    assert [row["ratio"] for row in found["rows"]] == pytest.approx([speed / 1e9] * 4)
+    replays, training = found["rows"][:4], found["rows"][4:]
+    assert [row["ratio"] for row in replays] == pytest.approx([speed / 1e9] * 4)
+    assert 0.01 < training[0]["ratio"] < 10  # passes a second, beside bare ones
+    assert training[-2]["value"] == 1  # byte of payload a step
+    assert 1 < training[-1]["value"] < 64  # of a signed record
     assert said in shown.err
 
 
