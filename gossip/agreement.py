@@ -5,8 +5,10 @@ peer is checked as soon as our model has passed V, although nobody is ever at on
 moment (design 3.4).
 
 Under a turn rule (design 3.5) what an update adds depends on those of its turn that came before it,
-so such sums say nothing. Then a statement is compared if it is about a frontier at which our own
-model once stood: at the latest when all is quiet, and all stand at one.
+and only whole turns add up. So a statement is compared if of each turn we have, or of which it
+has, all or nothing above it; and peers state what their model is after the turns that all have
+published. A statement about a frontier at which our own model once stood is compared in any case:
+at the latest when all is quiet, and all stand at one.
 """
 
 from array import array
@@ -16,7 +18,7 @@ from itertools import islice
 
 from shoal.gossip.events import Applied
 from shoal.gossip.frontier import Counts, Frontier, Rows
-from shoal.gossip.names import Author, Hash, PeerId
+from shoal.gossip.names import Author, Hash, Key, PeerId
 from shoal.gossip.records import Progress
 
 Fingerprint = tuple[int, int]
@@ -27,6 +29,8 @@ MOST_CHECKS = 8
 """Statements compared after one step of the model: the check is spread, not skipped."""
 MOST_STANDS = 512
 """Frontiers of our own model that are remembered under a turn rule."""
+MOST_ABOVE = 4096
+"""Updates by which we may be ahead of a statement that is compared by turns."""
 STRIKES = 3
 """Disagreeing statements of one peer after our own rebuild before the swarm is `diverged`."""
 
@@ -51,6 +55,11 @@ class Agreement:
     """Whose statement is still to be compared, and how many updates it counts."""
     _stands: dict[Hash, Fingerprint] = field(default_factory=dict)
     """Under a turn rule: frontiers at which our model stood, by hash, the latest at the end."""
+    _turns: dict[int, tuple[int, Fingerprint]] | None = None
+    """Under a turn rule: how many updates of each turn we have applied, and what they add; None:
+    something was taken out, or was there before."""
+    _over: int = 0
+    """The last turn that we have stated as over."""
 
     # ------------------------------------------------------------ our model
 
@@ -59,7 +68,7 @@ class Agreement:
         self.applied = dict(counts)
         self.fingerprint = fingerprint
         self._base, self._deltas = dict(counts), {}
-        self._stands = {}
+        self._stands, self._turns = {}, None if counts else {}
         self._stand()
 
     def stop(self) -> None:
@@ -98,10 +107,22 @@ class Agreement:
         """Do the same under a turn rule: what is taken out has no change of its own."""
         expected = self.fingerprint
         if expected is None or any(counts.get(a, 0) < n for a, n in self.applied.items()):
+            self._turns = None
             return None
-        for _, delta in event.deltas:
+        for key, delta in event.deltas:
             expected = _add(expected, delta, +1)
+            self._add_to_turn(key, delta)
         return expected
+
+    def _add_to_turn(self, key: Key, delta: Fingerprint) -> None:
+        turn = self.frontier.turn(*key)
+        if self._turns is None or key.number <= self.applied.get(key.author, 0):
+            return
+        if not turn:
+            self._turns = None  # a closing came in between
+            return
+        count, total = self._turns.get(turn, (0, (0, 0)))
+        self._turns[turn] = count + 1, _add(total, delta, +1)
 
     def _stand(self) -> None:
         """Remember, under a turn rule, at which frontier the model stands."""
@@ -147,7 +168,7 @@ class Agreement:
             return None
         if self.combined:
             at = self.frontier.hash_at(counts)
-            return None if at is None else self._stands.get(at)
+            return self._stands.get(at, self._without(counts)) if at is not None else None
         for author in self.applied:
             count = counts.get(author, 0)
             if count < self._base.get(author, 0):
@@ -155,6 +176,40 @@ class Agreement:
             if count < self.applied[author]:
                 value = _add(value, self._above(author, count), -1)
         return value
+
+    def _without(self, counts: Mapping[Author, int]) -> Fingerprint | None:
+        """Return the fingerprint without the turns above `counts`; None if one is there in part."""
+        ahead = sum(self.applied.values()) - sum(counts.values())
+        if self._turns is None or self.fingerprint is None or ahead > MOST_ABOVE:
+            return None
+        above: dict[int, int] = {}
+        for author, count in self.applied.items():
+            for number in range(counts.get(author, 0) + 1, count + 1):
+                turn = self.frontier.turn(author, number)
+                above[turn] = above.get(turn, 0) + 1
+        value = self.fingerprint
+        for turn, updates in above.items():
+            count, change = self._turns.get(turn, (0, (0, 0)))
+            if count != updates:
+                return None
+            value = _add(value, change, -1)
+        return value
+
+    def tell(self, over: int) -> tuple[Counts, Fingerprint] | None:
+        """Return the frontier to tell others of and our fingerprint there; None if there is none.
+
+        It is where the model stands; under a turn rule, if all who train have published their turns
+        up to `over` and that is news, it is where these turns are in and no others.
+        """
+        if self.fingerprint is None or not self.clean():
+            return None
+        if self.combined and over > self._over:
+            counts = self.frontier.up_to_turn(over)
+            value = self.at(dict(counts))
+            if value is not None:
+                self._over = over
+                return counts, value
+        return tuple(sorted((a, n) for a, n in self.applied.items() if n)), self.fingerprint
 
     def _passed(self, counts: Mapping[Author, int]) -> bool:
         """Say whether our model holds all of this."""

@@ -52,11 +52,13 @@ def entries_hash(entries: Iterable[Entry]) -> Hash:
 class Log:
     """One author's updates: a running hash and a turn per number, and what lies above a hole."""
 
-    __slots__ = ("_line", "above", "closed", "hashes", "turns")
+    __slots__ = ("_line", "above", "back", "closed", "hashes", "turns")
 
     def __init__(self) -> None:
         self.hashes = bytearray()
         self.turns = array("L")
+        self.back: dict[int, int] = {}
+        """Number → turn, of updates whose turn is below that of one before them."""
         self.above: dict[int, tuple[Hash, int]] = {}
         """Number → (record id, turn)."""
         self.closed = 0
@@ -84,19 +86,22 @@ class Log:
         """Take the next number in."""
         self.hashes += running(self.hash_at(self.count), record)
         # The largest turn so far: an author's turns must not decrease, and a liar's do not matter.
-        self.turns.append(max(turn, self.turns[-1]) if self.turns else turn)
+        latest = max(turn, self.turns[-1]) if self.turns else turn
+        self.turns.append(latest)
+        if turn < latest:
+            self.back[self.count] = turn
         self._line = None
 
     def close(self, number: int) -> None:
         """Forget everything from `number` on."""
         self.closed = number
-        del self.turns[number - 1 :], self.hashes[32 * (number - 1) :]
+        self.cut(number - 1)
         self.above = {n: v for n, v in self.above.items() if n < number}
-        self._line = None
 
     def cut(self, count: int) -> None:
         """Go back to the first `count` updates."""
         del self.turns[count:], self.hashes[32 * count :]
+        self.back = {n: turn for n, turn in self.back.items() if n <= count}
         self._line = None
 
     def prefix(self, turn: int) -> int:
@@ -125,6 +130,13 @@ class Frontier:
         """Return how many of this author's updates are in without a hole."""
         log = self.logs.get(author)
         return log.count if log else 0
+
+    def turn(self, author: Author, number: int) -> int:
+        """Return the turn of an update that is in; 0 for others."""
+        log = self.logs.get(author)
+        if log is None or not 1 <= number <= log.count:
+            return 0
+        return log.back.get(number, log.turns[number - 1])
 
     def closed(self, author: Author) -> int:
         """Return the number from which the log is closed; 0 while it is open."""

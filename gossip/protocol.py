@@ -743,22 +743,27 @@ class Protocol:
 
     def _state_progress(self, now: float) -> None:
         self.timers.set("progress", now + self._progress_interval() * (0.9 + self.rng.random() / 5))
-        applied = tuple(sorted((a, n) for a, n in self.agreement.applied.items() if n))
-        at = self.frontier.hash_at(dict(applied))
-        if self.agreement.fingerprint is None or at is None or not self.agreement.clean():
+        told = self.agreement.tell(self._over())
+        if told is None or (at := self.frontier.hash_at(dict(told[0]))) is None:
             return
+        counts, fingerprint = told
         self._sequence = min(self._sequence + 1, HIGHEST)
         self._stated = self.frontier.version
         self._publish(
             Progress(
                 self.me,
                 self._sequence,
-                applied,
+                counts,
                 at,
-                self.agreement.fingerprint,
+                fingerprint,
                 self.turns.report,
             )
         )
+
+    def _over(self) -> int:
+        """Return the last turn that all who train have published."""
+        latest = pacing.latest_turns(self.frontier)
+        return min((latest.get(peer, 0) for peer in self.training()), default=0)
 
     def _state_soon(self, now: float) -> None:
         """When all is applied and nothing is trained, others need not wait for our word."""

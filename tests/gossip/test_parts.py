@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.gossip import agreement as agreement_module
 from shoal.gossip.agreement import MOST_STANDS, Agreement
 from shoal.gossip.events import Applied
 from shoal.gossip.frontier import Frontier, Rows
@@ -315,17 +316,38 @@ def test_a_cut_into_what_the_worker_started_with_is_no_drift() -> None:
 # ---------------------------------------------------------------- agreement under a turn rule
 
 
+Turns = dict[int, frozenset[Author]]
+
+
+def by_turn(counts: dict[Author, int]) -> Turns:
+    """Whose updates are in, by turn: in `ledger` an update's turn is its number."""
+    most = max(counts.values(), default=0)
+    return {t: frozenset(a for a, n in counts.items() if n >= t) for t in range(1, most + 1)}
+
+
+def of_turn(turn: int, members: frozenset[Author]) -> tuple[int, int]:
+    """What a turn adds: one number of each set, no sum over its members."""
+    return delta(Key(ONE, 10 * turn + sum(a.log for a in members))) if members else (0, 0)
+
+
 def joint(counts: dict[Author, int]) -> tuple[int, int]:
-    """A fingerprint that is no sum over updates: one of each set."""
-    return delta(Key(ONE, 1000 * counts.get(ONE, 0) + counts.get(TWO, 0)))
+    """The fingerprint at a frontier."""
+    parts = [of_turn(turn, members) for turn, members in by_turn(counts).items()]
+    return sum(p[0] for p in parts) % 2**64, sum(p[1] for p in parts) % 2**64
 
 
 def moved(old: dict[Author, int], new: dict[Author, int]) -> Applied:
-    """The whole change stands with the last update, as the worker reports it."""
-    keys = [Key(a, n) for a in new for n in range(old.get(a, 0) + 1, new[a] + 1)]
-    change = tuple((y - x) % 2**64 for x, y in zip(joint(old), joint(new), strict=True))
-    deltas = [(key, (0, 0)) for key in keys[:-1]] + [(key, change) for key in keys[-1:]]
-    return Applied(tuple(sorted(new.items())), joint(new), tuple(deltas))  # type: ignore[arg-type]
+    """A turn's whole change stands with the last of its updates, as the worker reports it."""
+    before, after = by_turn(old), by_turn(new)
+    deltas: list[tuple[Key, tuple[int, int]]] = []
+    for turn, members in after.items():
+        news = sorted(members - before.get(turn, frozenset()))
+        if news:
+            was, now = of_turn(turn, before.get(turn, frozenset())), of_turn(turn, members)
+            change = (now[0] - was[0]) % 2**64, (now[1] - was[1]) % 2**64
+            deltas += [(Key(who, turn), (0, 0)) for who in news[:-1]]
+            deltas.append((Key(news[-1], turn), change))
+    return Applied(tuple(sorted(new.items())), joint(new), tuple(deltas))
 
 
 def combined(frontier: Frontier) -> Agreement:
@@ -334,10 +356,11 @@ def combined(frontier: Frontier) -> Agreement:
     return agreement
 
 
-@given(st.lists(st.sampled_from([ONE, TWO]), max_size=12), st.integers(1, 3))
-def test_under_a_turn_rule_each_frontier_we_stood_at_is_known_and_no_other(
-    order: list[Author], step: int
+@given(st.lists(st.sampled_from([ONE, TWO]), max_size=12), st.integers(1, 3), st.booleans())
+def test_under_a_turn_rule_a_frontier_is_known_where_we_stood_or_turns_are_whole(
+    order: list[Author], step: int, whole: bool
 ) -> None:
+    """And what is said of it is what the model is there; what was taken out leaves the stands."""
     end = {who: order.count(who) for who in (ONE, TWO) if who in order}
     agreement = combined(ledger(end))
     stood = [dict[Author, int]()]
@@ -347,18 +370,57 @@ def test_under_a_turn_rule_each_frontier_we_stood_at_is_known_and_no_other(
             counts[who] = counts.get(who, 0) + 1
         assert agreement.step(moved(stood[-1], counts))
         stood.append(counts)
+    if not whole:
+        agreement._turns = None
+    ours = by_turn(end)
     for a in range(end.get(ONE, 0) + 1):
         for b in range(end.get(TWO, 0) + 1):
             counts = {who: n for who, n in ((ONE, a), (TWO, b)) if n}
-            assert agreement.at(counts) == (joint(counts) if counts in stood else None)
+            theirs = by_turn(counts)
+            apart = all(t not in theirs or theirs[t] == members for t, members in ours.items())
+            known = counts in stood or (whole and apart)
+            assert agreement.at(counts) == (joint(counts) if known else None)
+
+
+def test_under_a_turn_rule_we_tell_of_turns_that_are_over_and_of_each_once() -> None:
+    agreement = combined(ledger({ONE: 5, TWO: 3}))
+    here = {ONE: 5, TWO: 3}
+    agreement.step(moved({}, here))
+    for over, counts in ((2, {ONE: 2, TWO: 2}), (2, here), (3, {ONE: 3, TWO: 3}), (0, here)):
+        assert agreement.tell(over) == (tuple(sorted(counts.items())), joint(counts))
+    plain = Agreement(ledger({ONE: 5, TWO: 3}))
+    plain.start((), (0, 0))
+    plain.step(applied({}, here))
+    assert plain.tell(2) == (tuple(sorted(here.items())), total(here))
+    plain.stop()
+    assert plain.tell(2) is None
+
+
+def test_under_a_turn_rule_an_author_that_goes_back_hides_no_turn() -> None:
+    """Its update counts in its own turn, wherever it stands in its log."""
+    frontier = Frontier()
+    for number, turn in ((1, 1), (2, 7), (3, 1)):
+        update = Update(ONE, number, turn, "fake", Hash(digest(b"")), 0, b"")
+        frontier.add(update, digest(b"%d" % number))
+    assert [frontier.turn(ONE, n) for n in range(5)] == [0, 1, 7, 1, 0]
+    agreement = Agreement(frontier, combined=True)
+    agreement.start((), (0, 0))
+    deltas = tuple((Key(ONE, n), (n, n)) for n in (1, 2, 3))
+    assert agreement.step(Applied(((ONE, 3),), (6, 6), deltas))
+    assert agreement.at({ONE: 1}) is None, "turn 1 is there in part"
+    assert agreement.at({ONE: 2}) is None
+    assert agreement.tell(1) == (((ONE, 3),), (6, 6)), "so we tell where we stand"
+    frontier.close(ONE, 3)
+    assert [frontier.turn(ONE, n) for n in range(5)] == [0, 1, 7, 0, 0]
 
 
 def test_under_a_turn_rule_a_statement_of_where_we_never_were_is_dropped() -> None:
     agreement, rows = combined(ledger({ONE: 2, TWO: 2})), Rows()
-    agreement.step(moved({}, {ONE: 2}))
-    there = {ONE: 1, TWO: 1}
+    there = {TWO: 1}
     agreement.heard(statement(there, joint(there)), compare=True)
+    agreement.step(moved({}, {ONE: 2}))
     assert agreement.check(rows) == []
+    assert agreement._unchecked, "we may yet come there"
     agreement.step(moved({ONE: 2}, {ONE: 2, TWO: 2}))
     assert agreement.check(rows) == []
     assert agreement.agrees() is None
@@ -396,8 +458,20 @@ def test_under_a_turn_rule_a_drift_shows_and_taking_out_is_none() -> None:
 
 
 def test_under_a_turn_rule_old_frontiers_are_forgotten() -> None:
-    agreement, many = combined(ledger({ONE: MOST_STANDS + 9})), MOST_STANDS + 9
+    many = MOST_STANDS + 9
+    agreement = combined(ledger({ONE: many}))
     for n in range(1, many + 1):
         agreement.step(moved({ONE: n - 1}, {ONE: n}))
+    agreement._turns = None
     assert agreement.at({ONE: many - MOST_STANDS}) is None
     assert agreement.at({ONE: many - MOST_STANDS + 1}) == joint({ONE: many - MOST_STANDS + 1})
+
+
+def test_under_a_turn_rule_what_lies_far_back_is_not_added_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agreement_module, "MOST_ABOVE", 3)
+    agreement = combined(ledger({ONE: 9}))
+    agreement.step(moved({}, {ONE: 9}))
+    assert agreement.at({ONE: 6}) == joint({ONE: 6})
+    assert agreement.at({ONE: 5}) is None
