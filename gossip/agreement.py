@@ -4,11 +4,11 @@ The fingerprint is linear: F(V) = F(own) − Σ F(updates above V). So a stateme
 peer is checked as soon as our model has passed V, although nobody is ever at one frontier at one
 moment (design 3.4).
 
-Under a turn rule (design 3.5) what an update adds depends on those of its turn that came before it,
-and only whole turns add up. So a statement is compared if of each turn we have, or of which it
-has, all or nothing above it; and peers state what their model is after the turns that all have
-published. A statement about a frontier at which our own model once stood is compared in any case:
-at the latest when all is quiet, and all stand at one.
+Under a turn rule (design 3.5) what an update adds depends on those of its turn that came before it:
+only whole turns add up. So a statement is compared if it cuts through no turn of ours, and peers
+state what their model is after the turns that all have published. Besides, a statement about a
+frontier at which our own model once stood is compared in any case: at the latest when all is quiet,
+and all stand at one.
 """
 
 from array import array
