@@ -396,6 +396,28 @@ def test_large_updates_are_recalled_and_give_the_same_model(
     assert ledger.fingerprint() == ledger.recompute()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("name", ["clip_norm", "median"])
+def test_cuda_agrees_with_the_cpu(name: str) -> None:
+    here = Ledger(initial(), turn_rule.make(name))
+    there = Ledger(initial().cuda(), turn_rule.make(name))
+    for i in range(9):
+        key = (bytes([i]) * 32, 0, 1)
+        one: Contribution = scalars(i % 2, [i * 10**8, -i, 77 - i])
+        other = one
+        if name == "clip_norm":
+            values = torch.arange(-35, 35, dtype=torch.int32) * 10**7 * (i + 1)
+            places = torch.arange(0, SIZE, 2) if i % 3 else None
+            values = values if places is None else values[places]
+            one = Decoded(SIZE, values, places)
+            moved = None if places is None else places.cuda()
+            other = Decoded(SIZE, values.cuda(), moved)
+        assert here.add(key, i % 2, one) == there.add(key, i % 2, other)
+    assert here.to_bytes() == there.to_bytes()
+    assert here.fingerprint() == there.fingerprint() == there.recompute()
+
+
 # ---------------------------------------------------------------- arithmetic
 
 
