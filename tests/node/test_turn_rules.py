@@ -2,6 +2,7 @@
 
 import json
 import random
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 
 from shoal.gossip.records import Update
 from shoal.node import pipe, rehearsal
+from shoal.node.config import RunFile, canonical
 from shoal.node.duties import Duties
+from shoal.node.errors import ConfigError
 from shoal.node.pipe import Item
 from shoal.node.simulate import Fault, Network, SimPeer
-from shoal.training import ledger, payloads
+from shoal.training import ledger, payloads, turn_rule
+from shoal.training.run import RunSpec
 from shoal.training.trainer import Trainer
 
 TURNS, LATE = 6, 3
@@ -231,3 +235,26 @@ def turns_of(peer: SimPeer, other: SimPeer) -> tuple[int, ...]:
             behind.append(newest - update.turn)
         newest = max(newest, update.turn)
     return tuple(sorted(behind, reverse=True))
+
+
+# ---------------------------------------------------------------- the run file
+
+
+@pytest.mark.parametrize(
+    "rule", ["median", {"name": "trimmed_mean", "cut": 0.3}, {"name": "clip", "quorum": 2}]
+)
+def test_a_run_file_carries_a_name_or_a_table(rule: Any) -> None:
+    given = tables({"rule": rule, "update": SCALARS})
+    read = RunFile.parse(given, where="here")
+    assert read.exchange.combines()
+    again = RunFile.parse(tomllib.loads(read.to_toml()), where="there")
+    assert again == read
+    filled = RunSpec.parse(again.tables()).filled()
+    stored = RunFile.from_canonical(canonical(filled), where="genesis")
+    assert stored.exchange.rule == turn_rule.filled(rule, peers=len(PEERS))
+    assert not RunFile.parse(tables({"rule": "sum"}), where="here").exchange.combines()
+
+
+def test_a_rule_that_is_neither_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"exchange\.rule = 3: expected"):
+        RunFile.parse(tables({"rule": 3}), where="here")
