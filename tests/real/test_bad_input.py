@@ -103,7 +103,7 @@ def alive(folder: Path) -> list[str]:
         ("swarm", 'admission = "invite"', "not built yet; use 'open' or 'secret'"),
         ("exchange", 'mode = "mixing"', 'not built yet; use mode = "ledger"'),
         ("swarm", 'min_peers = "x"', "expected a whole number"),
-        ("task", 'name = "digit"', "Known: digits, saddle, text"),
+        ("task", 'name = "digit"', "Known: digits, hf-causal-lm, saddle, text"),
         ("run", 'name = "../x"', "holds no paths"),
         ("local", "optimizer = { lr = nan }", "expected a finite number"),
         ("run", 'name = "d', "is not valid TOML"),
