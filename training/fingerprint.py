@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.compression import parallel, perturbation, splitmix
+from shoal.compression import parallel, splitmix
 
 Lanes = tuple[int, int]
 
@@ -41,21 +41,6 @@ def add(a: Lanes, b: Lanes) -> Lanes:
 def negate(a: Lanes) -> Lanes:
     """Return -a, lane by lane."""
     return -a[0] & MASK, -a[1] & MASK
-
-
-def of_signs(keys: perturbation.Integers, size: int, start: int = 0) -> list[Lanes]:
-    """Return the fingerprint of each direction z(key), `size` elements that begin at `start`.
-
-    Σ_k a_k · z(key_k) has the fingerprint Σ_k a_k · F(z(key_k)), modulo 2⁶⁴, where no element of it
-    leaves int32.
-    """
-    ones, found = [1] * len(keys), torch.zeros(len(keys), 2, dtype=torch.int64)
-    for begin in range(0, size, CHUNK):
-        part = torch.zeros(min(CHUNK, size - begin), dtype=torch.int32)
-        found += perturbation.accumulate_each(
-            part, keys, ones, ones, KEYS, start=begin, place=start + begin
-        )
-    return [(first & MASK, second & MASK) for first, second in found.tolist()]
 
 
 class Fingerprint:
