@@ -55,12 +55,6 @@ def test_every_command_is_one_that_exists(command: str) -> None:
             method = "post" if "POST" in argv else "get"
             path = "/" + url.split("/", 1)[1]
             assert method in openapi()["paths"][path]
-        case "pip":
-            extra = re.search(r"shoal\[(\w+)\]", argv[-1])
-            assert extra is not None
-            assert re.search(
-                rf"^{extra[1]} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
-            )
         case other:
             assert other in SHELL_WORDS, f"nothing checks {command!r}"
 
