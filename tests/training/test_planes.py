@@ -1,17 +1,21 @@
 """Several kinds of update in one run: whose turn it is, and what a run file may say."""
 
+import math
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from shoal.compression import codec, perturbation
 from shoal.compression.codec import Combination, Origin
 from shoal.training.rules import Fragment, Plane, RuleError, Rules
 from shoal.training.run import RunError, RunSpec
+from shoal.training.trainer import Setup, Trainer
 from shoal.training.walk import RATE, WalkSettings
 
 RUN: dict[str, Any] = {"run": {"name": "a"}, "task": {"name": "digits"}}
@@ -144,3 +148,42 @@ def test_the_largest_step_is_that_of_the_steepest_slope(size: int, peers: int, b
     exponent = settings.exponent(bits, peers)
     assert 127 * 2**exponent >= wanted
     assert exponent == 0 or 127 * 2 ** (exponent - 1) < wanted
+
+
+def trainer(update: object, optimizer: str = "adamw") -> Trainer:
+    tables = {
+        **RUN,
+        "local": {"steps": 2, "evaluate_every": 0, "optimizer": {"name": optimizer}},
+        "exchange": {"update": update},
+    }
+    return Trainer(Setup(run=RunSpec.parse(tables)), clock=lambda: 0.0)
+
+
+def test_what_waits_for_a_turn_of_its_kind_survives_a_turn_of_another() -> None:
+    one = trainer([{"kind": "sparse", "every": 2}, SCALAR])
+    assert one.turn(2, 1.0, publish=False).payload is None
+    waiting = one.exchange.drift
+    assert waiting is not None
+    assert one.turn(3, 1.0).kind == "scalar"
+    one.commit(1, 1)
+    assert one.exchange.drift is waiting
+    assert one.turn(4, 1.0).kind == "sparse"
+    one.commit(1, 2)
+    assert one.exchange.drift is None
+
+
+def test_a_dropped_turn_leaves_the_inner_optimizer_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one = trainer({"kind": "sparse"})
+    one.turn(1, 1.0)
+    one.commit(1, 1)
+    one.save(tmp_path / "before")
+    honest = one.task.loss
+    monkeypatch.setattr(one.task, "loss", lambda model, batch: honest(model, batch) * math.nan)
+    assert one.turn(2, 1.0).dropped is not None
+    one.save(tmp_path / "after")
+    before, after = (load_file(tmp_path / name) for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert any(name.startswith("inner/") for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
