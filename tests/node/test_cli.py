@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +76,7 @@ def test_an_error_of_many_lines_is_told_in_one(
     assert refused(capsys, "status") == "shoal: first second\n"
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
         "from shoal.node.cli import main\n"
@@ -86,12 +85,10 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'numpy', 'grpc', 'aiohttp', 'rich', 'msgspec', 'cryptography'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
     )
     assert "first steps" in done.stdout
-    assert time.monotonic() - begun < 2.0, "about 0.1 s on an idle machine"
 
 
 def test_every_command_of_the_folder_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
