@@ -45,6 +45,9 @@ class Method(Protocol):
 
     remedy: str
     """What an operator may change when turn after turn goes wrong."""
+    carries: bool
+    """What a turn teaches that publishes nothing lives on (`Exchange.carry`). Else such a turn
+    would be for nothing, and is skipped."""
 
     def learn(
         self, exchange: Exchange, codec: Codec, *, turn: int, steps: int, seed: int

@@ -148,6 +148,8 @@ class Trainer:
         )
         self._forwards = self._make_forwards(device)
         self._learner = Learner()
+        self._lag, self._took_time = 0.0, True
+        """How far behind the last turn was that took time; whether the last one did."""
         self._inners: dict[str, optimizer.Inner] = {}
         """By their place in the checkpoint."""
         self._methods = [self._method(plane) for plane in range(len(spec.planes))]
@@ -236,18 +238,21 @@ class Trainer:
         `members` is N_w of design 3.2: the update is weighted by staleness(lag) / members, where
         `lag` says how many turns the others make beyond one while this peer makes one. Without
         `publish` (the peer is not drawn) what was learnt goes into its next update, so that w has
-        no participation in it. Raises TrainingError when the turn shows that training cannot go on.
+        no participation in it; steps along directions cannot, and are not taken. Raises
+        TrainingError when the turn shows that training cannot go on.
         """
         spec = self._spec
         every = spec.local.evaluate_every
         measure = every and (turn - 1) % every == 0
-        plan = self._plan(turn, spec.exchange.staleness.factor(lag) / members, publish=publish)
+        weight = spec.exchange.staleness.factor(self._behind(lag)) / members
+        plan = self._plan(turn, weight, publish=publish)
         try:
             turned = self._learner.turn(
                 self.exchange, plan, self._measure_quickly if measure else lambda: NAN
             )
         except SettingError as error:  # data is read when first needed
             raise RunError(str(error)) from error
+        self._took_time = turned.steps > 0
         if turned.steps:
             plane = self.exchange.rules.plane(turn)
             self._seconds_per_step[plane] = turned.seconds / turned.steps
@@ -508,6 +513,15 @@ class Trainer:
             seed=chance(self._spec.run.seed, self._setup.peer, turn),
             publish=publish,
         )
+
+    def _behind(self, lag: float) -> float:
+        """Return the lag that counts: while a turn was skipped, nobody could make others."""
+        if self._took_time:
+            self._lag = lag
+            if not any(method.carries for method in self._methods):
+                # The others as well skip the turns that they are not drawn for.
+                self._lag = (1 + lag) * self._spec.exchange.participation - 1
+        return self._lag
 
     def _inner(self) -> optimizer.Inner:
         named = self._parameters.named

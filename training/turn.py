@@ -7,6 +7,7 @@ through `apply`, like everybody's. A turn that goes wrong is dropped whole: mode
 momentum and inner optimizer are as they were at its start.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -31,7 +32,7 @@ class Turned:
     payload: bytes | None
     """None when the turn was dropped, or publishes nothing."""
     loss: float
-    """Mean over the turn's steps, in the task's unit."""
+    """Mean over the turn's steps, in the task's unit; NaN when there were none."""
     evaluation: float
     """Held-out measure of the shared model before the turn; NaN when not measured."""
     steps: int
@@ -64,7 +65,7 @@ class Plan:
     """w: by how much of it the update counts."""
     seed: int
     publish: bool = True
-    """False: what is learnt goes into the next update instead."""
+    """False: what is learnt goes into the next update instead; what cannot is not learnt."""
 
 
 class Learner:
@@ -76,6 +77,8 @@ class Learner:
     def turn(self, exchange: Exchange, plan: Plan, evaluate: Callable[[], float]) -> Turned:
         """Train from the shared model and return the update that says what was learnt."""
         evaluation = evaluate()
+        if not plan.publish and not plan.method.carries:
+            return Turned(plan.kind, None, math.nan, evaluation, steps=0, seconds=0, dropped=None)
         lesson = plan.method.learn(
             exchange, plan.codec, turn=plan.turn, steps=plan.steps, seed=plan.seed
         )

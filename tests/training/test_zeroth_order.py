@@ -430,6 +430,55 @@ def test_training_alone_walks_the_same_way() -> None:
     assert one.fingerprint() == before == one.recompute()
 
 
+# ---- turns that publish nothing
+
+
+def test_who_is_not_drawn_takes_no_step_that_nobody_would_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = trainer(), trainer()
+    asked = []
+    losses = one._forwards.losses
+    monkeypatch.setattr(one._forwards, "losses", lambda *a: asked.append(1) or losses(*a))
+    before, chance = one.fingerprint(), torch.get_rng_state()
+    for turn in (1, 2, 3, 4):
+        turned = one.turn(turn, 2, publish=False)
+        assert (turned.payload, turned.steps, turned.dropped) == (None, 0, None)
+        assert math.isnan(turned.loss)
+        assert math.isfinite(turned.evaluation), "the run measures before each turn"
+    assert asked == []
+    assert one.exchange.drift is None
+    assert one.fingerprint() == before == one.recompute()
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert one.turn(5, 2).payload == other.turn(5, 2).payload
+    assert len(asked) == 8
+
+
+def test_gradients_go_on_in_a_turn_that_publishes_nothing_and_scalars_beside_them_do_not() -> None:
+    update = [{"kind": "dense", "every": 2}, {"kind": "scalar", "perturbations": 8}]
+    one = trainer(run=changed(local={"steps": 3}, exchange={"update": update}))
+    assert [one.turn(t, 2, publish=False).steps for t in (1, 2, 3)] == [0, 3, 0]
+    assert one.exchange.drift is not None
+
+
+def test_lag_is_that_of_turns_that_were_taken_by_peers_that_are_drawn() -> None:
+    """At 0.5 an equal peer takes two of the others' turns for one, and skips one of its own."""
+    stale = {"staleness": {"curve": "polynomial", "a": 1.0}, "participation": 0.5}
+    run = changed(exchange={**RUN["exchange"], **stale})
+
+    def said(lags: list[float]) -> bytes | None:
+        one = trainer(run=run)
+        for turn, lag in enumerate(lags, 1):
+            turned = one.turn(turn, 2, lag=lag, publish=turn != 2)
+            one.discard()
+        return turned.payload
+
+    at_weight = trainer(run=run).turn(3, 2).payload, trainer(run=run).turn(3, 4).payload
+    assert at_weight[0] != at_weight[1]
+    assert said([0, 1, 0]) == at_weight[0]
+    assert said([0, 3, 0]) == at_weight[1], "a peer at half of the speed"
+
+
 # ---- what can be wrong with a task
 
 TASK = '''

@@ -18,6 +18,7 @@ class Gradient:
     """First-order training; the inner optimizer's state lives from turn to turn."""
 
     remedy = "lower local.optimizer.lr"
+    carries = True
 
     def __init__(self, tools: Tools, inner: Inner) -> None:
         self.inner = inner

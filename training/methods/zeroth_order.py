@@ -33,6 +33,7 @@ class ZerothOrder:
     """Training without gradients, for codecs that are `Directed`."""
 
     remedy = "lower exchange.update.lr or exchange.update.epsilon"
+    carries = False
 
     def __init__(self, tools: Tools, forwards: Forwards, settings: WalkSettings) -> None:
         self._tools = tools
