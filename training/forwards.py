@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from shoal.training.generators import Chance
 from shoal.training.parameters import Parameters
 from shoal.training.task import Task
 
@@ -73,26 +74,6 @@ class Resident:
     def value(self, tensor: Tensor) -> Tensor:
         """Return it."""
         return tensor
-
-
-class Chance:
-    """What torch's generators were when this was made, or when it was last put aside."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
-        self.put_aside()
-
-    def put_aside(self) -> None:
-        """Remember how far they are."""
-        self._states = [torch.get_rng_state()]
-        if self._cuda is not None:
-            self._states.append(torch.cuda.get_rng_state(self._cuda))
-
-    def go_on(self) -> None:
-        """Let them go on from there."""
-        torch.set_rng_state(self._states[0])
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._states[1], self._cuda)
 
 
 def as_float(loss: Any) -> float:

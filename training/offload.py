@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.compression.settings import SettingError
-from shoal.training.forwards import Chance, as_float
+from shoal.training.forwards import as_float
+from shoal.training.generators import Chance
 from shoal.training.parameters import Parameters, write_integers
 from shoal.training.relay import Relay
 from shoal.training.slot import Slot

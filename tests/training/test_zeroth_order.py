@@ -422,6 +422,20 @@ def test_a_plane_of_scalars_between_gradients_leaves_what_those_remember() -> No
     assert torch.equal(one.exchange.feedback.residual, kept)
 
 
+@pytest.mark.parametrize("kind", ["scalar", "sparse"])
+def test_a_turn_seeds_no_device_that_it_does_not_use(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes as long as some passes of a small model."""
+    one = trainer(run=changed(exchange={"update": {"kind": kind}}))
+
+    def everywhere(seed: int) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "manual_seed", everywhere)
+    assert one.turn(1, 2).payload is not None
+
+
 def test_training_alone_walks_the_same_way() -> None:
     update = {"kind": "scalar", "perturbations": 16, "lr": 0.02}
     one = trainer(run=changed(swarm={"min_peers": 1}, exchange={"update": update}), shard=(0, 1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoal.compression.codec import Codec
-from shoal.training import parameters
+from shoal.training import generators, parameters
 from shoal.training.exchange import Exchange
 from shoal.training.lesson import Lesson
 from shoal.training.method import Tools, TrainingError
@@ -46,8 +46,7 @@ class Gradient:
         losses, problem, started = [], None, tools.clock()
         tools.model.train()
         self.inner.clear()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with generators.seeded(seed, device):
             for step in range(steps):
                 self.inner.scale(tools.factor(turn - 1 + step / steps))
                 loss = tools.task.loss(tools.model, next(batches))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoal.compression import perturbation
 from shoal.compression.codec import Codec, Directed
-from shoal.training import parameters
+from shoal.training import generators, parameters
 from shoal.training.exchange import Exchange
 from shoal.training.forwards import Forwards
 from shoal.training.lesson import Lesson, Steps
@@ -54,11 +54,7 @@ class ZerothOrder:
         started, buffers = tools.clock(), parameters.floating_buffers(tools.model)
         losses: list[float] = []
         sizes: list[float] = []
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            walk(exchange) as stride,
-        ):
-            torch.manual_seed(seed)
+        with generators.seeded(seed, device), walk(exchange) as stride:
             batches = tools.task.batches(torch.Generator().manual_seed(seed))
             for direction, share in zip(directions.tolist(), shares, strict=True):
                 key = codec.key(direction)
