@@ -291,17 +291,18 @@ class Discovery:
             async with asyncio.timeout(self.limits.dial_timeout):
                 outcome = await self._dial(suggestion.peer, suggestion.addresses)
         except TimeoutError:
-            pass
+            log.info("no link in time", extra={"peer": peer_text(suggestion.peer)})
         finally:
             self.book.settle(suggestion.peer, outcome, self._clock())
-        log.info(
-            "dialled",
-            extra={
-                "peer": peer_text(suggestion.peer),
-                "source": suggestion.source.name.lower(),
-                "outcome": outcome.value,
-            },
-        )
+        if outcome is not Outcome.UNREACHABLE:  # that, and why, the driver has said
+            log.info(
+                "dialled",
+                extra={
+                    "peer": peer_text(suggestion.peer),
+                    "source": suggestion.source.name.lower(),
+                    "outcome": outcome.value,
+                },
+            )
 
 
 def _is_address(text: str) -> bool:

@@ -267,7 +267,6 @@ class Driver:
         """A link is gone, or could not be opened."""
         refused = reason.startswith("refused") or "admission" in reason
         if peer in self._dialling:
-            log.warning("could not link", extra={"reason": reason})
             self.journal.add("unreachable", peer_text(peer), {"reason": reason})
         self._settle(peer, Outcome.REFUSED if refused else Outcome.UNREACHABLE)
         self.feed(ev.LinkDown(peer, reason))

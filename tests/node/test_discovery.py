@@ -247,7 +247,9 @@ async def until(done: "object", task: "asyncio.Task[None]") -> None:
         await task
 
 
-def test_it_dials_until_it_has_the_links_it_wants() -> None:
+def test_it_dials_until_it_has_the_links_it_wants(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
     async def main() -> None:
         world = World({1: Outcome.UNREACHABLE, 2: Outcome.LINKED, 3: Outcome.REFUSED})
         it, hints = discovery(world), Hints()
@@ -269,6 +271,9 @@ def test_it_dials_until_it_has_the_links_it_wants() -> None:
         assert told == (*at(5), "/ip4/1.1.1.1/tcp/1/p2p/x")
 
     asyncio.run(main())
+    said = {(record.getMessage(), getattr(record, "outcome", "")) for record in caplog.records}
+    # Who is unreachable the driver says, with the reason; and it says so at each attempt.
+    assert said == {("dialled", "linked"), ("dialled", "refused"), ("no link in time", "")}
 
 
 def test_with_enough_links_it_is_silent() -> None:
