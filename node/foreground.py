@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+EVENT = "event_"
+"""What the journal puts before an event's own numbers, lest they overwrite a record's."""
 LOCAL = (
     "data",
     "base",
@@ -33,7 +35,7 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        extra = {k: v for k, v in record.__dict__.items() if k not in PLAIN}
+        extra = {k.removeprefix(EVENT): v for k, v in record.__dict__.items() if k not in PLAIN}
         fields = "".join(f" {name}={_value(value)}" for name, value in extra.items())
         mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         line = f"{self.formatTime(record, '%H:%M:%S')} {mark}{record.getMessage()}{fields}"
@@ -84,5 +86,6 @@ def serve(
         local=local(args),
         new=getattr(args, "new", False),
         paused=args.paused,
+        whole_log=getattr(args, "whole_log", False),
     )
     return asyncio.run(daemon.serve(options, target=target, addresses=addresses))

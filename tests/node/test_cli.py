@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node import cli, client
+from shoal.node import cli, client, foreground
 from shoal.node.errors import ConfigError
+from shoal.node.journal import Journal
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -203,3 +204,14 @@ def test_a_damaged_address_file_is_named(tmp_path: Path, content: object) -> Non
     run = run_at(tmp_path / "damaged", content)
     with pytest.raises(ConfigError, match=r"status\.json is damaged"):
         client.connect(run)
+
+
+def test_a_line_of_the_log_names_an_events_numbers_as_events_does(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    journal = Journal(8)
+    journal.add("published", "12D3KooW", {"turn": 3, "name": "two words"})
+    (record,) = caplog.records
+    line = foreground.Lines().format(record)
+    assert line.endswith(" published peer=12D3KooW turn=3 name='two words'")
