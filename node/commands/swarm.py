@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             rows, before, elapsed = _train(args, swarm)
             model = _export(swarm)
     except KeyboardInterrupt:
-        print(f"stopped; go on with any of them: shoal start {plan.directory}/peer-1")
+        print(f"stopped; go on with any of them: {shoal()} start {plan.directory}/peer-1")
         raise
     if not any(rows):
         print(f"no daemon answers; the logs say why: {plan.directory}/peer-1.log")
@@ -143,12 +145,19 @@ def passed_on(args: argparse.Namespace) -> tuple[str, ...]:
 
 def join_command(plan: "Plan", join: str) -> str:
     """Return what to type elsewhere to take part."""
-    secret = "" if plan.secret is None else f" --secret-file {plan.secret}"
-    task = [flag for flag in plan.extra if ":" in flag and "/" not in flag]
-    base = [flag for before, flag in pairwise(plan.extra) if before == "--base"]
-    return f"shoal join {join}{secret}" + "".join(
-        [f" --base {folder}" for folder in base] + [f" --allow-task {name}" for name in task]
-    )
+    words = [shoal(), "join", join]
+    if plan.secret is not None:
+        words += ["--secret-file", str(plan.secret)]
+    for flag, value in pairwise(plan.extra):
+        if flag in ("--data", "--base", "--allow-task"):
+            words += [flag, value]
+    return shlex.join(words)
+
+
+def shoal() -> str:
+    """Return how this `shoal` is called from another terminal, where no .venv may be active."""
+    installed = Path(sys.executable).with_name("shoal")
+    return str(installed) if installed.exists() and shutil.which("shoal") is None else "shoal"
 
 
 def _make_secret(directory: Path) -> Path:
@@ -352,7 +361,7 @@ def _conclude(plan: "Plan", model: Path | None, summary: "Summary") -> int:
     print("\n".join(report(summary)))
     if model is not None:
         print(f"the model: {model}")
-    print(f"go on with any of them: shoal start {plan.directory}/peer-1")
+    print(f"go on with any of them: {shoal()} start {plan.directory}/peer-1")
     return 0 if summary.equal and summary.answering == summary.peers else 1
 
 

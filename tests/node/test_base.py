@@ -39,7 +39,8 @@ def test_a_swarm_gives_it_to_every_daemon_and_says_how_to_join(
     for index in range(plan.peers):
         given = cli.build().parse_args(plan.argv(index, None if index == 0 else "ADDRESS")[3:])
         assert given.base == str(tmp_path / "model")
-    assert swarm.join_command(plan, "ADDRESS") == f"shoal join ADDRESS --base {tmp_path}/model"
+    typed = swarm.join_command(plan, "ADDRESS")
+    assert typed.endswith(f"shoal join ADDRESS --data {tmp_path}/notes --base {tmp_path}/model")
 
 
 def test_every_command_that_builds_a_run_takes_it() -> None:

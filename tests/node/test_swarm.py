@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -102,6 +103,26 @@ def test_the_daemons_flags_are_ones_that_start_and_join_know(tmp_path: Path) -> 
         assert args.paused
         assert args.secret_file == tmp_path / "secret"
         assert args.parent == os.getpid()
+
+
+def test_what_it_says_to_type_elsewhere_works_where_no_environment_is_active(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    typed = command.join_command(plan(tmp_path), "ADDRESS")
+    assert typed.endswith("/shoal join ADDRESS")
+    assert os.access(typed.split()[0], os.X_OK)
+    (tmp_path / "shoal").touch(mode=0o755)
+    assert command.join_command(plan(tmp_path), "ADDRESS") == "shoal join ADDRESS"
+
+
+def test_it_says_to_join_with_what_a_peer_needs_and_nothing_else(tmp_path: Path) -> None:
+    extra = ("--data", "/my texts", "--device", "cuda:0", "--allow-task", "a.b:C")
+    typed = command.join_command(plan(tmp_path, secret=tmp_path / "s", extra=extra), "ADDRESS")
+    args = cli.build().parse_args(shlex.split(typed)[1:])
+    assert args.addresses == ["ADDRESS"]
+    assert (args.data, args.allow_task, args.device) == ("/my texts", "a.b:C", None)
+    assert args.secret_file == tmp_path / "s"
 
 
 def test_a_new_directory_is_made_beside_older_ones(
