@@ -99,7 +99,8 @@ class Duties:
             raise RunError(
                 f"the task builds another model here ({trainer.parameters} parameters) than the "
                 f"run's ({request.parameters}): install the version of Shoal and of the task "
-                "that the founder uses, and start from the founder's model if --base names one"
+                "that the founder uses, and start from the founder's model if --base names one "
+                "(the whole folder: another tokenizer or config.json makes another model)"
             )
         integers = trainer.initial_bytes()
         if merkle.root_of(integers) != request.initial_root:

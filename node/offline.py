@@ -97,7 +97,8 @@ def make_trainer(
         raise ConfigError(
             f"the task builds another model here ({trainer.parameters} parameters) than the run's "
             f"({genesis.parameters}): install the version of Shoal and of the task that the "
-            "founder uses, and start from the founder's model if --base names one"
+            "founder uses, and start from the founder's model if --base names one (the whole "
+            "folder: another tokenizer or config.json makes another model)"
         )
     if not genesis.is_initial(trainer.initial_bytes()):
         raise ConfigError(

@@ -7,8 +7,9 @@ imported when a model is loaded, and not before.
 
 import contextlib
 import functools
+import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -26,6 +27,12 @@ PROBE = (
     "\r\n  Быстрая лиса 敏捷的狐狸 すばやい 여우 ثعلب 🦊👩‍👩‍👧 <s></s><|endoftext|> 0123456789   "
 )
 """What a tokenizer makes of this is part of what it is."""
+VOLATILE = {
+    *("transformers_version", "dtype", "torch_dtype", "architectures", "auto_map", "use_cache"),
+    *("initializer_range", "id2label", "label2id", "problem_type", "return_dict"),
+    *("output_attentions", "output_hidden_states"),
+}
+"""What a configuration says that has no part in what a model computes here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +83,20 @@ def load_tokenizer(place: Source) -> Any:
     )
 
 
-def load_model(place: Source, *, context: int, tokens: int) -> Any:
+def load_config(place: Source) -> Any:
+    """Return what config.json says, its defaults filled in; or raise SettingError."""
+    library = _transformers()
+    return _load(
+        lambda: library.AutoConfig.from_pretrained(place.name, **place.options), place, "model"
+    )
+
+
+def load_model(place: Source, config: Any, *, context: int, tokens: int) -> Any:
     """Return the model in float32 on the CPU, made to read `context` tokens; or raise SettingError.
 
     `tokens` is how many the tokenizer knows.
     """
     library = _transformers()
-    config = _load(
-        lambda: library.AutoConfig.from_pretrained(place.name, **place.options), place, "model"
-    )
     if getattr(config, "quantization_config", None) is not None:
         raise SettingError(
             f"--base {place} holds quantised weights, which cannot be trained; "
@@ -166,6 +178,21 @@ def digest(tokenizer: Any) -> bytes:
     return found.digest()
 
 
+def function(config: Any) -> bytes:
+    """Return 32 bytes that tell apart what models of the same weights compute.
+
+    Of a configuration's values, those that are not its class's defaults: so what a later version of
+    the library adds, and what a file leaves out, makes no difference where it changes nothing.
+    """
+    try:
+        usual = type(config)().to_dict()
+    except Exception:  # one of transformers' classes wants more than nothing
+        usual = {}
+    said = {"model_type": config.model_type, **_unusual(config.to_dict(), usual)}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"), default=str)
+    return blake2b(text.encode(), digest_size=32).digest()
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a piece of text, nothing put before or after it."""
     found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -210,6 +237,29 @@ def _check_folder(folder: Path) -> None:
             "(model.save_pretrained(folder))"
         )
     raise SettingError(f"--base {folder} holds no weights: *.safetensors is missing")
+
+
+def _unusual(said: Mapping[Any, Any], usual: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what differs, None where something is missing, without what is volatile."""
+    found = {}
+    for key in {*said, *usual}:
+        if key in VOLATILE or str(key).startswith("_"):
+            continue
+        ours, theirs = said.get(key), usual.get(key)
+        if isinstance(ours, Mapping):
+            ours = _unusual(ours, theirs if isinstance(theirs, Mapping) else {})
+            if ours or not isinstance(theirs, Mapping):
+                found[str(key)] = ours
+        elif ours != theirs:
+            found[str(key)] = _number(ours)
+    return found
+
+
+def _number(value: Any) -> Any:
+    """Return what is equal in the same form: 10000.0 as 10000."""
+    if isinstance(value, list | tuple):
+        return [_number(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @functools.cache

@@ -113,6 +113,13 @@ def test_the_founding_says_what_the_genesis_needs(founded: pipe.Founded, tmp_pat
     assert ready.device.startswith("cpu")
 
 
+def test_another_model_is_refused_with_the_remedy(founded: pipe.Founded, tmp_path: Path) -> None:
+    """As many parameters may be another model: one of another configuration."""
+    with pytest.raises(RunError, match=r"--base names one .*tokenizer or config\.json") as caught:
+        opened(founded, tmp_path, layout=bytes(32))
+    assert "\n" not in str(caught.value)
+
+
 def test_initial_integers_that_differ_are_asked_for_and_then_used(
     founded: pipe.Founded, tmp_path: Path
 ) -> None:

@@ -349,6 +349,70 @@ def test_peers_with_another_base_or_tokenizer_have_another_layout(tmp_path: Path
     assert layout(first, 0) == layout(other, 0) != layout(reversed_, 0)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rms_norm_eps": 1e-5},
+        {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
+        {"num_attention_heads": 4, "head_dim": 4, "num_key_value_heads": 4},
+        {"hidden_act": "gelu"},
+        {"max_position_embeddings": 32},
+    ],
+    ids=lambda settings: "-".join(map(str, settings)),
+)
+def test_the_same_weights_under_another_configuration_are_another_layout(
+    settings: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    """They load as well, and compute another function."""
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    changed(other, **settings)
+    one, two = made(base), made(other)
+    models = model_of(one).eval(), model_of(two).eval()
+    assert torch.equal(Parameters(models[0]).read(), Parameters(models[1]).read())
+    x = torch.arange(32)[None]
+    with torch.no_grad():
+        here, there = (model(input_ids=x).logits for model in models)
+    assert torch.equal(here, there) == ("max_position_embeddings" in settings)
+    plain, odd = (
+        Parameters(m, task.fixed(t)).layout for m, t in zip(models, (one, two), strict=True)
+    )
+    assert plain.hash() != odd.hash()
+    assert (plain.names, plain.shapes) == (odd.names, odd.shapes)
+
+
+def test_what_a_configuration_says_of_itself_or_leaves_out_makes_no_other_layout(
+    base: Path, old: Path, tmp_path: Path
+) -> None:
+    for folder, left_out in ((base, "attention_bias"), (old, "scale_attn_weights")):
+        said = task.fixed(made(folder))
+        other = tmp_path / folder.name
+        shutil.copytree(folder, other)
+        changed(
+            other,
+            transformers_version="5.0.1",
+            _name_or_path="/elsewhere",
+            dtype="bfloat16",
+            architectures=["Else"],
+            use_cache=False,
+            initializer_range=0.5,
+        )
+        config = json.loads((other / "config.json").read_text())
+        del config[left_out], config["tie_word_embeddings"]
+        if folder is base:
+            config["rope_parameters"]["rope_theta"] = 10000
+            del config["num_key_value_heads"], config["head_dim"], config["rms_norm_eps"]
+            config["tie_word_embeddings"] = True  # a LLaMA's are not, if it says nothing
+        (other / "config.json").write_text(json.dumps(config))
+        one = made(other)
+        assert task.fixed(one) == said
+        model_of(one)
+        assert task.fixed(one) == said
+        model_of(made(folder, lora={"rank": 1}))
+    assert task.fixed(made(base)) != task.fixed(made(old))
+
+
 def test_the_digest_tells_tokenizers_apart_by_words_and_by_ways(tmp_path: Path) -> None:
     from tokenizers import pre_tokenizers
 
@@ -467,7 +531,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "code of its own": (with_code, "code of its own to be run, which Shoal never does"),
     "unknown": (lambda f: changed(f, model_type="nothing"), "gives no model: .*`nothing`"),
     "no decoder": (lambda f: changed(f, model_type="t5"), "gives no model"),
-    "not JSON": (lambda f: (f / "config.json").write_text("{"), "gives no tokenizer"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "gives no model: .*JSON"),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "merge it first"),
     "quantised": (
         lambda f: changed(f, quantization_config={"quant_method": "gptq", "bits": 4}),

@@ -1,8 +1,8 @@
 """Fine-tuning of a causal language model in Hugging Face's format, whole or by LoRA.
 
 The model lies on each operator's machine (`--base`); with LoRA it is frozen and not in the ledger,
-so the layout's hash sees to it that all peers have the same one. Shapes: B rows, T positions,
-V tokens.
+so the layout's hash sees to it that all peers have the same one; and the same tokenizer and
+configuration in any case. Shapes: B rows, T positions, V tokens.
 """
 
 from collections.abc import Iterator
@@ -84,11 +84,16 @@ class HfCausalLm:
         """Return the tokenizer of the base."""
         return pretrained.load_tokenizer(self._source)
 
+    @cached_property
+    def config(self) -> Any:
+        """Return the configuration of the base."""
+        return pretrained.load_config(self._source)
+
     def model(self) -> nn.Module:
         """Return the base, in float32, and its LoRA if there is one."""
         seed = int(torch.randint(2**62, ()))  # now: loading may draw as many numbers as it likes
         model = pretrained.load_model(
-            self._source, context=self._context, tokens=len(self.tokenizer)
+            self._source, self.config, context=self._context, tokens=len(self.tokenizer)
         )
         if self._lora.rank:
             model = pretrained.add_lora(
@@ -102,8 +107,8 @@ class HfCausalLm:
         return made
 
     def fixed(self) -> bytes:
-        """Return what tells tokenizers apart: all peers must have the same."""
-        return pretrained.digest(self.tokenizer)
+        """Return what tells tokenizers and configurations apart: all peers must have the same."""
+        return pretrained.digest(self.tokenizer) + pretrained.function(self.config)
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Draw rows of the own share: any place of a text, and any prompt, is as likely."""
