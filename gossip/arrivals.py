@@ -115,10 +115,13 @@ class Arrivals:
             if fetch.source is None:
                 self._offer(payload, source)
 
-    def holds(self, source: PeerId, author: Author, count: int) -> None:
-        """`source` has the first `count` updates of `author`: pull from it what still lacks."""
+    def holds(self, source: PeerId, author: Author, count: int, summed: int = 0) -> None:
+        """`source` has the first `count` updates of `author`: pull from it what still lacks.
+
+        It can't send the first `summed` of them.
+        """
         for number, record in self.waiting.get(author, {}).items():
-            if number <= count and isinstance(record.statement, Update):
+            if summed < number <= count and isinstance(record.statement, Update):
                 self.also(source, record.id, record.statement)
 
     def also(self, source: PeerId, record: Hash, update: Update) -> None:

@@ -312,6 +312,14 @@ class Rebuild:
 
 
 @dataclass(frozen=True, slots=True)
+class DropSnapshot:
+    """The snapshot that this peer began with is wrong, or of no more use: forget it for good.
+
+    A `Rebuild` follows; the model then stands on the log alone.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """Call `handle(Tick())` at this time; a later `Wake` replaces the earlier one."""
 
@@ -339,6 +347,7 @@ Effect = (
     | Apply
     | Subtract
     | Rebuild
+    | DropSnapshot
     | Wake
     | Happened
 )

@@ -14,6 +14,7 @@ from enum import Enum
 from shoal.gossip.messages import Entry
 from shoal.gossip.names import NO_HASH, Author, Hash, PeerId, digest, running
 from shoal.gossip.records import Update
+from shoal.gossip.snapshot import Line
 
 _LINE = struct.Struct(">32sQII32s")
 
@@ -52,11 +53,16 @@ def entries_hash(entries: Iterable[Entry]) -> Hash:
 class Log:
     """One author's updates: a running hash and a turn per number, and what lies above a hole."""
 
-    __slots__ = ("_line", "above", "back", "closed", "hashes", "turns")
+    __slots__ = ("_hashes", "_line", "_start", "_turns", "above", "back", "closed", "summed")
 
     def __init__(self) -> None:
-        self.hashes = bytearray()
-        self.turns = array("L")
+        self.summed = 0
+        """How many, from 1 on, a snapshot stands for: nothing is known of them one by one."""
+        self._start = NO_HASH, 0
+        """Running hash after them, and their largest turn."""
+        self._hashes = bytearray()
+        self._turns = array("L")
+        """The largest turn up to each number after them."""
         self.back: dict[int, int] = {}
         """Number → turn, of updates whose turn is below that of one before them."""
         self.above: dict[int, tuple[Hash, int]] = {}
@@ -67,16 +73,27 @@ class Log:
     @property
     def count(self) -> int:
         """How many updates are in without a hole."""
-        return len(self.turns)
+        return self.summed + len(self._turns)
+
+    @property
+    def latest(self) -> int:
+        """The largest turn so far; 0 before the first update."""
+        return self.turn_at(self.count)
+
+    def start(self, line: Line) -> None:
+        """Begin an empty log with what a snapshot stands for."""
+        self.summed, self._start = line.count, (line.hash, line.turn)
+        self._line = None
 
     def hash_at(self, count: int) -> Hash:
-        """Return the running hash after `count` updates."""
-        return Hash(bytes(self.hashes[32 * count - 32 : 32 * count])) if count else NO_HASH
+        """Return the running hash after `count` updates, of which none is below `summed`."""
+        end = 32 * (count - self.summed)
+        return Hash(bytes(self._hashes[end - 32 : end])) if end > 0 else self._start[0]
 
     def line(self, author: Author) -> bytes:
         """Return this log's line of the frontier hash."""
         if self._line is None:
-            empty = not self.turns and not self.closed
+            empty = not self.count and not self.closed
             self._line = (
                 b"" if empty else line(author, self.count, self.closed, self.hash_at(self.count))
             )
@@ -84,10 +101,10 @@ class Log:
 
     def append(self, record: Hash, turn: int) -> None:
         """Take the next number in."""
-        self.hashes += running(self.hash_at(self.count), record)
+        self._hashes += running(self.hash_at(self.count), record)
         # The largest turn so far: an author's turns must not decrease, and a liar's do not matter.
-        latest = max(turn, self.turns[-1]) if self.turns else turn
-        self.turns.append(latest)
+        latest = max(turn, self.latest)
+        self._turns.append(latest)
         if turn < latest:
             self.back[self.count] = turn
         self._line = None
@@ -99,14 +116,25 @@ class Log:
         self.above = {n: v for n, v in self.above.items() if n < number}
 
     def cut(self, count: int) -> None:
-        """Go back to the first `count` updates."""
-        del self.turns[count:], self.hashes[32 * count :]
+        """Go back to the first `count` updates, of which none is below `summed`."""
+        del self._turns[count - self.summed :], self._hashes[32 * (count - self.summed) :]
         self.back = {n: turn for n, turn in self.back.items() if n <= count}
         self._line = None
 
     def prefix(self, turn: int) -> int:
         """Return how many updates precede the first one of a turn after `turn`."""
-        return bisect_right(self.turns, turn)
+        return self.summed + bisect_right(self._turns, turn)
+
+    def turn_at(self, count: int) -> int:
+        """Return the largest turn of the first `count` updates, of which none is below `summed`."""
+        place = count - self.summed
+        return self._turns[place - 1] if place > 0 else self._start[1]
+
+    def turn(self, number: int) -> int:
+        """Return the turn of an update that is in; 0 for others, and those of a snapshot."""
+        if not self.summed < number <= self.count:
+            return 0
+        return self.back.get(number, self._turns[number - self.summed - 1])
 
 
 class Frontier:
@@ -132,11 +160,14 @@ class Frontier:
         return log.count if log else 0
 
     def turn(self, author: Author, number: int) -> int:
-        """Return the turn of an update that is in; 0 for others."""
+        """Return the turn of an update that is in; 0 for others, and those of a snapshot."""
         log = self.logs.get(author)
-        if log is None or not 1 <= number <= log.count:
-            return 0
-        return log.back.get(number, log.turns[number - 1])
+        return log.turn(number) if log else 0
+
+    def summed(self, author: Author) -> int:
+        """Return how many of this author's updates a snapshot stands for."""
+        log = self.logs.get(author)
+        return log.summed if log else 0
 
     def closed(self, author: Author) -> int:
         """Return the number from which the log is closed; 0 while it is open."""
@@ -162,7 +193,7 @@ class Frontier:
     def entry(self, author: Author) -> Entry:
         """Return one author's line."""
         log = self.logs[author]
-        return Entry(author, log.count, log.hash_at(log.count), log.closed)
+        return Entry(author, log.count, log.hash_at(log.count), log.closed, log.summed)
 
     def entries(self) -> tuple[Entry, ...]:
         """Return the whole frontier, sorted by author."""
@@ -176,16 +207,18 @@ class Frontier:
         return self._hash
 
     def hash_at(self, counts: Mapping[Author, int]) -> Hash | None:
-        """Return the hash of this frontier cut back to `counts`; None if it is not so far."""
+        """Return the hash of this frontier cut back to `counts`.
+
+        None if it is not so far, or if that is below what a snapshot stands for.
+        """
         lines, get, known = [], counts.get, 0
         for author in self._order:
             log, count = self.logs[author], get(author, 0)
-            if count > len(log.turns):
+            if not log.summed <= count <= log.count:
                 return None
             if count:
                 known += 1
-                run = log.hashes[32 * count - 32 : 32 * count]
-                lines.append(_LINE.pack(author.peer, author.log, count, log.closed, run))
+                lines.append(line(author, count, log.closed, log.hash_at(count)))
             elif log.closed:
                 lines.append(line(author, 0, log.closed, NO_HASH))
         return digest(b"".join(lines)) if known == len(counts) else None
@@ -212,6 +245,8 @@ class Frontier:
         number = update.number
         if log.closed and number >= log.closed:
             return Taken.CLOSED
+        if number <= log.summed:
+            return Taken.KNOWN
         if number <= log.count:
             same = running(log.hash_at(number - 1), record) == log.hash_at(number)
             return Taken.KNOWN if same else Taken.CONFLICT
@@ -225,6 +260,22 @@ class Frontier:
 
     # ------------------------------------------------------------ changes
 
+    def start(self, lines: Iterable[Line]) -> None:
+        """Begin an empty frontier with what a snapshot stands for."""
+        for each in lines:
+            self._log(each.author).start(each)
+        self._changed()
+
+    def forget_summed(self) -> list[tuple[Author, int]]:
+        """Hold nothing of the logs that began with a snapshot; return what their counts were."""
+        found = [(author, log) for author, log in self.logs.items() if log.summed]
+        for author, log in found:
+            fresh = self.logs[author] = Log()
+            fresh.closed = log.closed
+            self._unordered -= len(log.above)
+        self._changed()
+        return [(author, log.count) for author, log in found]
+
     def add(self, update: Update, record: Hash) -> Taken:
         """Take an update in, or keep it above a hole."""
         taken = self.look(update, record)
@@ -235,8 +286,7 @@ class Frontier:
             while (number := log.count + 1) in log.above:
                 log.append(*log.above.pop(number))
                 self._unordered -= 1
-                self._hash = None
-                self.version += 1
+                self._changed()
         return taken
 
     def lose(self, author: Author, number: int) -> int:
@@ -247,24 +297,26 @@ class Frontier:
         count = log.count
         if log.above.pop(number, None) is not None:
             self._unordered -= 1
-        elif 1 <= number <= count:
+        elif log.summed < number <= count:
             log.cut(number - 1)
-            self._hash = None
-            self.version += 1
+            self._changed()
         return count
 
     def close(self, author: Author, number: int) -> bool:
-        """Close a log at `number` (the smallest wins); say whether that changed anything."""
+        """Close a log at `number`, above `summed` (the smallest wins); say if anything changed."""
         log = self._log(author)
         if log.closed and log.closed <= number:
             return False
         before = len(log.above)
         self.closings += not log.closed
-        self.version += 1
         log.close(number)
         self._unordered -= before - len(log.above)
-        self._hash = None
+        self._changed()
         return True
+
+    def _changed(self) -> None:
+        self._hash = None
+        self.version += 1
 
     def _log(self, author: Author) -> Log:
         log = self.logs.get(author)

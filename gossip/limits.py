@@ -98,6 +98,8 @@ class Limits:
     """One attempt to reach an address, TLS included."""
     handshake_timeout: float = 5.0
     """From connecting to TLS, and again from there to the Hello."""
+    snapshot_timeout: float = 120.0
+    """A joiner's wait for a snapshot: its donor's worker answers between two turns."""
     call_timeout: float = 5.0
     """One call to a peer without a link."""
     transfer_timeout: float = 3600.0

@@ -47,6 +47,8 @@ class Entry:
     """Running hash after `count` updates."""
     closed: int = 0
     """The number from which the log is closed by a proof; 0 while it is open."""
+    summed: int = 0
+    """How many of them, from 1 on, the sender can't send: it began with a snapshot of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,8 +138,8 @@ def latest_turns(frontier: Frontier) -> dict[PeerId, int]:
     """Return the largest turn of each peer's updates."""
     latest: dict[PeerId, int] = {}
     for author in frontier.authors():
-        if turns := frontier.logs[author].turns:
-            latest[author.peer] = max(latest.get(author.peer, 0), turns[-1])
+        if (log := frontier.logs[author]).count:
+            latest[author.peer] = max(latest.get(author.peer, 0), log.latest)
     return latest
 
 

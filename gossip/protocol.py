@@ -13,7 +13,7 @@ it is `Stored`, and only then passed on.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from shoal.gossip import pacing, topology
@@ -24,6 +24,7 @@ from shoal.gossip.events import (
     Applied,
     Depart,
     Disconnect,
+    DropSnapshot,
     Effect,
     Event,
     KeepAdmission,
@@ -84,6 +85,7 @@ from shoal.gossip.records import (
 from shoal.gossip.repair import Repair
 from shoal.gossip.run import Held, Run
 from shoal.gossip.score import Rates, Scores
+from shoal.gossip.snapshot import Footing
 from shoal.gossip.strangers import Strangers
 from shoal.gossip.timers import Timers
 from shoal.gossip.turns import Turns
@@ -164,7 +166,9 @@ class Protocol:
             self.arrivals,
             self.dissemination,
             held.recall,
+            self._dispute,
         )
+        self.footing = Footing(held.snapshot)
         self.agreement = Agreement(self.frontier, run.combined)
         self.turns = Turns(
             run,
@@ -202,6 +206,8 @@ class Protocol:
         self._load(held)
 
     def _load(self, held: Held) -> None:
+        if held.snapshot is not None:
+            self.frontier.start(held.snapshot.lines)
         for record in held.proofs:
             if isinstance(proof := record.statement, Proof):
                 self._note_proof(record, proof)
@@ -257,6 +263,7 @@ class Protocol:
         match event:
             case WorkerReady():
                 self.turns.worker_ready(event)
+                self._compare_with_snapshot(event)
             case WorkerDown(reason):
                 self.turns.worker_down(reason)
                 self.out.happened("worker-down", self.me, reason=reason)
@@ -310,8 +317,18 @@ class Protocol:
 
     def _join(self, now: float) -> None:
         """Begin to train once we hold what the first peer that told us held."""
-        if not self.joined and self.repair.caught_up():
+        if not self.joined and self.repair.caught_up() and self._firm():
             self._begin()
+
+    def _firm(self) -> bool:
+        """Say whether to build on the snapshot that we began with; who has published did so."""
+        published = self.frontier.count(self.turns.author) > 0
+        return published or self.footing.firm(set(self._established()))
+
+    def _established(self) -> Iterator[PeerId]:
+        """Yield the others whose models do not themselves stand on a word not yet confirmed."""
+        standing = self.membership.standing_of
+        return (p for p in self.membership.others() if standing(p) is not Standing.JOINING)
 
     def _begin(self) -> None:
         self.joined = True
@@ -644,15 +661,19 @@ class Protocol:
         author, number = key
         count = self.frontier.lose(author, number)
         self.dissemination.forget_all()
-        for later in range(number + 1, count + 1):
-            record = self._held.recall(Key(author, later))
-            if record is not None and isinstance(update := record.statement, Update):
-                self.frontier.add(update, record.id)
+        self._recall_all(author, number + 1, count)
         # An author that equivocates may bring another record: then the model must hold that one.
         self.turns.rebuild |= self.agreement.applied.get(author, 0) >= number
         self.out.happened("update-lost", author.peer, number=number)
         if author == self.turns.author:
             self.turns.renew_log("a damaged update of our own")
+
+    def _recall_all(self, author: Author, first: int, last: int) -> None:
+        """Take in again what the log has of these numbers."""
+        for number in range(first, last + 1):
+            record = self._held.recall(Key(author, number))
+            if record is not None and isinstance(update := record.statement, Update):
+                self.frontier.add(update, record.id)
 
     def _on_pull_failed(self, peer: PeerId, payload: Hash, reason: str, now: float) -> None:
         if reason in ("timeout", "not found"):
@@ -713,6 +734,9 @@ class Protocol:
 
     def _note_proof(self, record: Record, proof: Proof) -> bool:
         """Let the smallest number stand; say whether this proof is it."""
+        if proof.number <= self.frontier.summed(proof.author):
+            # What it takes out of the sum is known to us as a part of the snapshot only.
+            self._drop_snapshot("an update in it does not count")
         held = self.view.proofs.get(proof.author)
         if held is not None and isinstance(other := held.statement, Proof):  # noqa: SIM102
             if (proof.number, record.id) >= (other.number, held.id):
@@ -774,6 +798,10 @@ class Protocol:
     def _check(self) -> None:
         """Compare fingerprints; who disagrees after a rebuild of our own means: diverged."""
         wrong, agreement = self.agreement.check(self.rows), self.agreement
+        if self.footing.snapshot is not None:
+            heard = {p: agreement.verdicts.get(p) for p in self._established()}
+            self.footing.heard({p: same for p, same in heard.items() if same is not None})
+            self._look_at_footing()
         for peer in wrong:
             self.out.count("disagreement")
             if not self.turns.rebuilt and self._now - self._rebuilt >= REBUILD_INTERVAL:
@@ -789,6 +817,39 @@ class Protocol:
         if self.diverged:
             self.diverged = False
             self.out.happened("agreed", self.me)
+
+    # ------------------------------------------------------------ the snapshot we began with
+
+    def _compare_with_snapshot(self, event: WorkerReady) -> None:
+        """Let the donor be held to the fingerprint that it stated."""
+        snapshot = self.footing.snapshot
+        if snapshot is None or event.frontier != snapshot.counts():
+            return
+        if event.fingerprint != snapshot.fingerprint:
+            self._drop_snapshot("it has another fingerprint than its donor says")
+
+    def _dispute(self, peer: PeerId) -> None:
+        self.footing.dispute(peer)
+        self._look_at_footing()
+
+    def _look_at_footing(self) -> None:
+        if self.footing.refuted():
+            self._drop_snapshot("others hold another model")
+
+    def _drop_snapshot(self, why: str) -> None:
+        """Stand on the log alone: what of it is above the snapshot stays, the rest is fetched."""
+        snapshot = self.footing.snapshot
+        if snapshot is None:
+            return
+        self.out.happened("snapshot-dropped", snapshot.donor, why=why)
+        self.footing.lose()
+        self.out.add(DropSnapshot())
+        for author, count in self.frontier.forget_summed():
+            self._recall_all(author, 1, count)
+        self.repair.begin_again()
+        self.turns.rebuild, self.joined = True, False
+        self._started = self._now
+        self.timers.set("patience", self._now + self.limits.join_patience)
 
     # ------------------------------------------------------------ what we may do
 

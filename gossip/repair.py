@@ -70,6 +70,8 @@ class Repair:
     arrivals: Arrivals
     dissemination: Dissemination
     recall: Callable[[Key], Record | None]
+    dispute: Callable[[PeerId], None] = lambda peer: None
+    """Called when `peer` holds other updates where the snapshot ends that we began with."""
     links: dict[PeerId, Link] = field(default_factory=dict)
     rounds: int = 0
     """Statements of others taken in whole: 0 means that we know nothing yet."""
@@ -233,24 +235,30 @@ class Repair:
             log = self.frontier.logs.get(entry.author)
             count = log.count if log is not None else 0
             if entry.count <= count and log is not None:
+                if entry.count < log.summed:
+                    continue  # nothing is known of these one by one
                 if log.hash_at(entry.count) == entry.hash:
                     self.rows.state(peer, entry.author, entry.count)
+                elif entry.count == log.summed:
+                    self.dispute(peer)
                 else:  # below a closing too: the smallest number of a fork must stand
-                    self._seek_fork(peer, entry.author, 0, entry.count)
+                    self._seek_fork(peer, entry.author, log.summed, entry.count)
                 continue
-            self.arrivals.holds(peer, entry.author, entry.count)
-            wants += self._wants(entry.author, entry.count, now)
+            self.arrivals.holds(peer, entry.author, entry.count, entry.summed)
+            wants += self._wants(entry, now)
         for want in wants[: self.limits.wants]:
             last = max(want.last, self._asked.get(want.author, (0, 0.0))[0])
             self._asked[want.author] = (last, now + 4 * self.limits.graft_timeout)
             self.ask(peer, want, now)
 
-    def _wants(self, author: Author, up_to: int, now: float) -> list[Want]:
+    def _wants(self, theirs: Entry, now: float) -> list[Want]:
+        author = theirs.author
         asked, until = self._asked.get(author, (0, 0.0))
-        ranges = self.frontier.missing(author, up_to)
+        ranges = self.frontier.missing(author, theirs.count)
         waiting = self.arrivals.waiting.get(author, {})
         wants = []
         for first, last in ranges:
+            first = max(first, theirs.summed + 1)
             if until > now:
                 first = max(first, asked + 1)
             while first <= last and first in waiting:
@@ -258,6 +266,12 @@ class Repair:
             if first <= last:
                 wants.append(Want(author, first, last))
         return wants
+
+    def begin_again(self) -> None:
+        """Hold less than was stated: state all anew, and catch up as a joiner does."""
+        for link in self.links.values():
+            link.stated = {}
+        self.rounds, self.targets, self._asked = 0, {}, {}
 
     def go_on(self, peer: PeerId, records: Sequence[Record], now: float) -> None:
         """`peer` filled an answer with news: ask at once for what did not fit into it."""
@@ -286,7 +300,7 @@ class Repair:
         return {
             peer
             for peer, link in self.links.items()
-            if (entry := link.heard.get(author)) and entry.count >= number
+            if (entry := link.heard.get(author)) and entry.summed < number <= entry.count
         }
 
     def lag(self) -> int:
@@ -319,7 +333,7 @@ class Repair:
     def _on_want(self, peer: PeerId, want: Want) -> None:
         records: list[Record] = []
         size, last = 0, min(want.last, self.frontier.count(want.author))
-        for number in range(max(want.first, 1), last + 1):
+        for number in range(max(want.first, self.frontier.summed(want.author) + 1), last + 1):
             record = self.recall(Key(want.author, number))
             if record is None:
                 continue
@@ -334,33 +348,39 @@ class Repair:
 
     def _seek_fork(self, peer: PeerId, author: Author, low: int, high: int) -> None:
         """Our running hashes agree after `low` updates and differ after `high`."""
+        summed = self.frontier.summed(author)
         steps = min(PROBES, high - low - 1)
-        if steps < 1:
+        if steps < 1 and (low > summed or not summed):
             self.out.send(peer, Want(author, high, high))
             return
         counts = {low + (high - low) * i // (steps + 1) for i in range(1, steps + 1)}
-        self.out.send(peer, AskHashes(author, tuple(sorted({*counts, high} - {low}))))
+        if low == summed > 0:
+            counts.add(summed)  # it may be here that we part
+        self.out.send(peer, AskHashes(author, tuple(sorted({*counts, high} - {0}))))
 
     def _on_ask_hashes(self, peer: PeerId, ask: AskHashes) -> None:
         log = self.frontier.logs.get(ask.author)
         if log is None:
             return
-        counts = tuple(n for n in ask.counts[: 2 * PROBES] if 0 < n <= log.count)
+        first = max(log.summed, 1)
+        counts = tuple(n for n in ask.counts[: 2 * PROBES] if first <= n <= log.count)
         self.out.send(peer, Hashes(ask.author, counts, tuple(log.hash_at(n) for n in counts)))
 
     def _on_hashes(self, peer: PeerId, answer: Hashes, now: float) -> None:
         log = self.frontier.logs.get(answer.author)
         if log is None:
             return
-        low, high = 0, 0
+        low, high = log.summed, 0
         for count, theirs in sorted(zip(answer.counts, answer.hashes, strict=False)):
-            if not 0 < count <= log.count:
+            if not max(log.summed, 1) <= count <= log.count:
                 break
             if log.hash_at(count) != theirs:
                 high = count
                 break
             low = count
-        if high == low + 1:
+        if high and high == log.summed:
+            self.dispute(peer)
+        elif high == low + 1:
             self.ask(peer, Want(answer.author, high, high), now)
         elif high:
             self._seek_fork(peer, answer.author, low, high)

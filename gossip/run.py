@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from shoal.gossip.names import Key, PeerId, RunId
 from shoal.gossip.records import Record
+from shoal.gossip.snapshot import Snapshot
 from shoal.gossip.view import View
 
 
@@ -40,5 +41,7 @@ class Held:
     admissions: Mapping[PeerId, bytes] = field(default_factory=dict)
     recall: Callable[[Key], Record | None] = lambda key: None
     """Read the record of an update back from the log; None if it is not there."""
+    snapshot: Snapshot | None = None
+    """What this peer began with in place of the updates below it."""
     view: View | None = None
     """Members known beforehand (the simulator starts large swarms so)."""

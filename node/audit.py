@@ -13,6 +13,7 @@ from shoal.gossip.limits import Limits
 from shoal.gossip.names import Author, Hash, Key
 from shoal.gossip.records import Proof, Statement, Update
 from shoal.gossip.run import Run
+from shoal.gossip.snapshot import Snapshot
 from shoal.node.admission import Admission
 from shoal.node.genesis import Genesis
 from shoal.node.identity import peer_text
@@ -48,8 +49,17 @@ class Wrong:
 class Audit:
     """What a log holds, and what is wrong with it."""
 
-    def __init__(self, directory: Path, genesis: Genesis, *, running: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        genesis: Genesis,
+        *,
+        snapshot: Snapshot | None = None,
+        running: bool = False,
+    ) -> None:
         """Read the whole log; a directory that is not there is an empty one.
+
+        What a `snapshot` stands for need not be here, and nothing is said of it.
 
         While a daemon runs (`running`), an update that others' ran ahead of may still be on its
         way: a note. Raises OSError for a file that can't be read.
@@ -61,6 +71,9 @@ class Audit:
         """What is odd, but right."""
         self.frontier = Frontier(unordered=_ENDLESS, logs=_ENDLESS)
         """What counts: whole, from 1 without a hole, below a closing."""
+        self._start = {} if snapshot is None else dict(snapshot.counts())
+        if snapshot is not None:
+            self.frontier.start(snapshot.lines)
         self.order: list[Key] = []
         """All that is whole, as it was written."""
         self.signatures = 0
@@ -120,9 +133,9 @@ class Audit:
 
     def at(self, updates: int, frontier_hash: Hash) -> Counts | None:
         """Return the frontier of this size and hash that the log went through, or None."""
-        counts: dict[Author, int] = {}
+        counts = dict(self._start)
         above: dict[Author, set[int]] = {}
-        total = 0
+        total = sum(counts.values())
         if total == updates and self.frontier.hash_at(counts) == frontier_hash:
             return counts
         for author, number in self.order:
@@ -234,7 +247,11 @@ class Audit:
 
     def _close(self) -> None:
         for author, number in sorted(self._closings.items()):
-            self.frontier.close(author, number)
+            if number > self.frontier.summed(author):
+                self.frontier.close(author, number)
+            else:
+                what = "a proof closes its log, and the snapshot has it: start the daemon, which "
+                self._complain(what + "then fetches the log", author, number)
 
     def _look_for_missing_payloads(self) -> None:
         for key, at in sorted(self._bare.items()):

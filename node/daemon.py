@@ -25,7 +25,7 @@ from shoal.gossip import protocol
 from shoal.gossip.names import Key, PeerId
 from shoal.gossip.records import Record, Report, Update
 from shoal.gossip.run import Held, Run
-from shoal.node import founding, offline, pipe, status
+from shoal.node import founding, offline, pipe, snapshots, status
 from shoal.node.addresses import parse_bare, parse_listen
 from shoal.node.config import parse_libp2p
 from shoal.node.discovery import Discovery
@@ -97,7 +97,14 @@ class Daemon:
         limits, run_id = place.limits, place.genesis.run_id
         self._counters = Counters()
         self.journal = Journal(limits.events)
-        self.store = Store.open(place.home.log, limits, run=run_id)
+        held = snapshots.load(place.home.snapshot)
+        self._snapshot = None if held is None else held[0]
+        self.store = Store.open(
+            place.home.log,
+            limits,
+            run=run_id,
+            summed=dict(self._snapshot.counts()) if self._snapshot is not None else None,
+        )
         self.wire = Wire(run_id, place.admission.verify, limits)
         self._published = 0
         self.core = self._make_core()
@@ -110,6 +117,7 @@ class Daemon:
             limits,
             genesis=place.genesis.raw,
             initial=self.initial.read,
+            snapshot=self._give_snapshot,
         )
         listen = parse_listen(place.config.listen or f":{PORT}")
         self.transport = Transport(
@@ -122,6 +130,7 @@ class Daemon:
         )
         self.supervisor = place.founder or founding.supervise(place.config, place.home)
         self.foreman = self._make_foreman()
+        self.donor = snapshots.Donor(self.core.frontier, self.foreman.sums, lambda: self.store.size)
         self.driver.links, self.driver.hands = self.transport, self.foreman
         self.discovery = Discovery(
             place.identity.peer,
@@ -162,6 +171,7 @@ class Daemon:
             proofs=[self.wire.own(raw) for raw in self.store.proofs.values()],
             admissions=self.store.admissions,
             recall=self._recall,
+            snapshot=self._snapshot,
         )
         return protocol.Protocol(
             run,
@@ -195,6 +205,7 @@ class Daemon:
             report=self._report,
             turned=self._turned,
             limits=self.place.limits,
+            snapshot=home.snapshot if self._snapshot is not None else None,
         )
         self._go_on(foreman.now)
         return foreman
@@ -366,6 +377,15 @@ class Daemon:
                 else:
                     return
             await asyncio.sleep(SAMPLE)
+
+    # ---------------------------------------------------------------- joiners
+
+    async def _give_snapshot(self) -> bytes:
+        """Serve what joiners may begin with: a run in lockstep begins with whole turns alone."""
+        exchange = self.place.genesis.run_file.exchange
+        if exchange.pace == "lockstep" or exchange.combines():
+            return b""
+        return await self.donor.give()
 
     # ---------------------------------------------------------------- what is told about turns
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from shoal.gossip import events as ev
@@ -59,6 +59,9 @@ class Hands(Protocol):
     def discard(self) -> None:
         """The pending update is not published."""
 
+    def forget_snapshot(self) -> None:
+        """The model begins at the initial one from now on."""
+
 
 class Driver:
     """Performs what the core asks for, and tells it what came of it.
@@ -80,6 +83,7 @@ class Driver:
         *,
         genesis: bytes,
         initial: Callable[[], Buffer | None],
+        snapshot: Callable[[], Awaitable[bytes]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.core = core
@@ -90,6 +94,7 @@ class Driver:
         self.fetcher = Fetcher(self._pull, self._fetched, limits)
         self._genesis = genesis
         self._initial = initial
+        self._snapshot = snapshot
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._dialling: dict[PeerId, asyncio.Future[Outcome]] = {}
@@ -161,6 +166,9 @@ class Driver:
                 self.hands.give(effect)
             case ev.Discard():
                 self._discard()
+            case ev.DropSnapshot():
+                self.store.forget_snapshot()
+                self.hands.forget_snapshot()
             case ev.Wake(at):
                 self._wake(at)
             case ev.Happened():
@@ -291,6 +299,10 @@ class Driver:
     def genesis(self) -> bytes:
         """Serve the genesis."""
         return self._genesis
+
+    async def snapshot(self) -> bytes:
+        """Serve what joiners may begin with in place of the log."""
+        return await self._snapshot()
 
     async def initial(self) -> Buffer | None:
         """Serve the initial model's integers."""

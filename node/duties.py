@@ -33,6 +33,8 @@ class Duties:
         self._setup: pipe.Setup | None = None
         self._counts: dict[tuple[bytes, int], int] = {}
         """How many updates of each (peer, log) the model holds."""
+        self._snapshot: tuple[pipe.Frontier, bytes] | None = None
+        """What it may begin with: a frontier, and what the updates below it add up to."""
         self._checkpoint: Path | None = None
         self._pending = False
         self._dirty = False
@@ -49,13 +51,13 @@ class Duties:
             case pipe.Found(setup):
                 answer = self._found(setup)
             case pipe.Open():
-                answer = self._open(request)
+                answer = self._open(request, bytes(body))
             case pipe.Apply(items):
                 answer = self._apply(items, body)
             case pipe.Subtract(items):
                 answer = self._subtract(items, body)
-            case pipe.Reset():
-                answer = self._reset()
+            case pipe.Reset(whole):
+                answer = self._reset(whole=whole)
             case pipe.Turn():
                 answer, payload = self._turn(request)
             case pipe.Commit(own_log, number):
@@ -64,6 +66,8 @@ class Duties:
                 answer = self._discard()
             case pipe.Evaluate():
                 answer = pipe.Measured(_finite(self._ready().evaluate()))
+            case pipe.Sums():
+                answer, payload = self._sums()
             case pipe.Recompute():
                 answer = self._done([], self._ready().recompute())
             case pipe.Export(path, metadata):
@@ -87,7 +91,7 @@ class Duties:
             run=founding.run,
         )
 
-    def _open(self, request: pipe.Open) -> pipe.Answer:
+    def _open(self, request: pipe.Open, sums: bytes) -> pipe.Answer:
         """Build the trainer; take the initial integers from the file, or from the seed."""
         file = Path(request.initial)
         given = file.read_bytes() if file.exists() else None
@@ -111,6 +115,7 @@ class Duties:
         del given, integers  # as large as the model
         if file.exists():
             trainer.keep_initial(file)
+        self._snapshot = (request.summed, sums) if request.summed else None
         note, kept = self._restore(request)
         self._checkpoint = Path(request.checkpoint) if request.checkpoint else None
         self._saved_at = time.monotonic()
@@ -166,11 +171,33 @@ class Duties:
             self._counts[author] = min(self._counts.get(author, 0), item.number - 1)
         return self._done([pipe.Result(o.delta, o.refused) for o in outcomes])
 
-    def _reset(self) -> pipe.Answer:
-        trainer = self._ready()
-        trainer.exchange.restore(trainer.initial_bytes())
-        self._counts = {}
+    def _reset(self, *, whole: bool) -> pipe.Answer:
+        if whole:
+            self._snapshot = None
+        self._begin()
         return self._done([])
+
+    def _begin(self) -> None:
+        """Let the model be where the log goes on: the initial one, or a snapshot."""
+        trainer, self._counts = self._ready(), {}
+        if self._snapshot is not None:
+            summed, sums = self._snapshot
+            try:
+                trainer.begin(sums)
+            except ValueError as error:  # the core sees that it is not there
+                log.warning("snapshot not used: %s", error)
+                self._snapshot = None
+            else:
+                self._counts = {(peer, own_log): count for peer, own_log, count in summed}
+                self._dirty = True
+                return
+        trainer.exchange.restore(trainer.initial_bytes())
+
+    def _sums(self) -> tuple[pipe.Answer, list[pipe.Buffer]]:
+        trainer = self._ready()
+        sums = trainer.exchange.sums()
+        answer = pipe.Summed(self._frontier(), trainer.fingerprint())
+        return answer, [] if sums is None else [sums]
 
     def _done(
         self, results: list[pipe.Result], fingerprint: pipe.Lanes | None = None
@@ -240,6 +267,8 @@ class Duties:
         """Take the checkpoint if it is one of a past of this log; return why not, and `kept`."""
         path = Path(request.checkpoint)
         if not request.checkpoint or not path.exists():
+            if self._snapshot is not None:
+                self._begin()
             return "", False
         trainer = self._ready()
         try:
@@ -247,11 +276,13 @@ class Duties:
             counts = {(bytes.fromhex(p), log): n for p, log, n in loaded.frontier}
         except Exception as error:  # whatever is wrong with it, the log is enough to start from
             self._build(request.setup, trainer.initial_bytes())
+            self._begin()
             known = isinstance(error, CheckpointError)
             return f"{error}" if known else f"{path}: {type(error).__name__}: {error}", False
         held = {(peer, log): count for peer, log, count in request.held}
         if any(count > held.get(author, 0) for author, count in counts.items()):
             self._build(request.setup, trainer.initial_bytes())
+            self._begin()
             with contextlib.suppress(OSError):
                 path.unlink()  # or it would seem to fit once the log is as long, with other updates
             return "the checkpoint goes beyond the log", False

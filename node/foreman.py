@@ -17,7 +17,7 @@ from shoal.gossip import events as ev
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import Author, Hash, Key, PeerId
 from shoal.gossip.records import Report, Update
-from shoal.node import pipe
+from shoal.node import pipe, snapshots
 from shoal.node.errors import ConfigError
 from shoal.node.store import DamagedError, Store
 from shoal.node.supervisor import Supervisor, WorkerDied, WorkerGone, WorkerRefused
@@ -77,13 +77,15 @@ class Foreman:
         report: Callable[[Progress], Report],
         turned: Callable[[pipe.Turned, int], None],
         limits: Limits,
+        snapshot: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare.
 
         `read` turns a stored record into its update; `initial` fetches the initial integers into
         the file named in `opening`; `hold` keeps a payload until the store takes it; `report` makes
-        what others are told; `turned` is called after each turn with its payload's size.
+        what others are told; `turned` is called after each turn with its payload's size. The model
+        begins with what the file `snapshot` holds, if there is one.
         """
         self.supervisor = supervisor
         self.store = store
@@ -97,6 +99,7 @@ class Foreman:
         self._report = report
         self._turned = turned
         self._clock = clock
+        self._snapshot = snapshot
         self._computed = 0.0
         """When the fingerprint was last computed from the tensor."""
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
@@ -118,6 +121,17 @@ class Foreman:
     def discard(self) -> None:
         """Tell the worker that its pending update is not published."""
         self._jobs.put_nowait(lambda: self._plain(pipe.Discard()))
+
+    def forget_snapshot(self) -> None:
+        """Let the model begin at the initial one from now on; a `Rebuild` follows."""
+        if self._snapshot is not None:
+            snapshots.forget(self._snapshot)
+        self._snapshot = None
+
+    async def sums(self) -> snapshots.Sums:
+        """Return what the run added to the initial model; raises ConfigError without a worker."""
+        answer, body = await self._ask_body(pipe.Sums(), pipe.Summed)
+        return _counts(_applied(answer.frontier)), answer.fingerprint, body
 
     async def export(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the shared model; raises ConfigError when that can't be done."""
@@ -175,11 +189,12 @@ class Foreman:
     # ---------------------------------------------------------------- opening
 
     async def _open(self) -> None:
-        opening = self._opening()
-        answer, _ = await self.supervisor.ask_body(opening, (pipe.Opened, pipe.NeedInitial))
+        opening, sums = self._opening()
+        kinds = (pipe.Opened, pipe.NeedInitial)
+        answer, _ = await self.supervisor.ask_body(opening, kinds, [sums])
         if isinstance(answer, pipe.NeedInitial):
             await self._initial()
-            answer = await self.supervisor.ask(opening, pipe.Opened)
+            answer = await self.supervisor.ask(opening, pipe.Opened, sums)
         assert isinstance(answer, pipe.Opened)
         if answer.note:
             log.warning("checkpoint not used", extra={"reason": answer.note})
@@ -188,10 +203,12 @@ class Foreman:
         self._computed = self._clock()
         self._feed(ev.WorkerReady(_counts(self.now.applied), self.now.fingerprint))
 
-    def _opening(self) -> pipe.Open:
+    def _opening(self) -> tuple[pipe.Open, bytes]:
         counts = self.store.counts()
+        held = snapshots.load(self._snapshot) if self._snapshot is not None else None
+        snapshot, sums = held or (None, b"")
         own = Author(PeerId(self.opening.setup.peer), self.store.log)
-        return pipe.Open(
+        opening = pipe.Open(
             setup=self.opening.setup,
             parameters=self.opening.parameters,
             layout=self.opening.layout,
@@ -200,7 +217,9 @@ class Foreman:
             checkpoint=self.opening.checkpoint,
             held=sorted((a.peer, a.log, n) for a, n in counts.items()),
             own=(own.log, counts[own]) if counts.get(own) else None,
+            summed=[(a.peer, a.log, n) for a, n in snapshot.counts()] if snapshot else [],
         )
+        return opening, sums
 
     # ---------------------------------------------------------------- the core's requests
 
@@ -214,7 +233,9 @@ class Foreman:
             case ev.Subtract(author, first, last):
                 self._feed(await self._subtract(author, first, last))
             case ev.Rebuild():
-                answer = await self.supervisor.ask(pipe.Reset(), pipe.Done)
+                answer = await self.supervisor.ask(
+                    pipe.Reset(whole=self._snapshot is None), pipe.Done
+                )
                 self._moved(answer.frontier, answer.fingerprint)
                 self._feed(ev.Rebuilt(self._applied([], [])))
 
@@ -321,13 +342,18 @@ class Foreman:
 
     async def _ask(self, request: pipe.Request, expect: type[Answered]) -> Answered:
         """Let the operator's request wait its turn; its failure is the operator's to know."""
+        return (await self._ask_body(request, expect))[0]
+
+    async def _ask_body(
+        self, request: pipe.Request, expect: type[Answered]
+    ) -> tuple[Answered, bytes]:
         if self.supervisor.pid is None:
             raise ConfigError(f"no worker runs: {self.supervisor.reason or 'it is starting'}")
         asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        answers: list[Answered] = []
+        answers: list[tuple[Answered, bytes]] = []
 
         async def job() -> None:
-            answers.append(await self.supervisor.ask(request, expect))
+            answers.append(await self.supervisor.ask_body(request, expect))
             if not asked.done():
                 asked.set_result(None)
 
@@ -349,7 +375,7 @@ class Foreman:
         )
 
     def _moved(self, frontier: pipe.Frontier, fingerprint: pipe.Lanes) -> None:
-        self.now.applied = {Author(PeerId(peer), log): n for peer, log, n in frontier}
+        self.now.applied = _applied(frontier)
         self.now.fingerprint = fingerprint
 
     def _measured(self, value: float | None) -> None:
@@ -358,6 +384,10 @@ class Foreman:
         self.now.evaluation = value
         if self.now.first_evaluation is None:
             self.now.first_evaluation = value
+
+
+def _applied(frontier: pipe.Frontier) -> dict[Author, int]:
+    return {Author(PeerId(peer), log): n for peer, log, n in frontier}
 
 
 def _counts(applied: Mapping[Author, int]) -> Counts:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.gossip.limits import Limits
-from shoal.node import admission, genesis, home, identity, pipe
+from shoal.node import admission, genesis, home, identity, pipe, snapshots
 from shoal.node.addresses import PORT, Address, parse_bare, parse_join, parse_listen
 from shoal.node.admission import Admission
 from shoal.node.config import NodeConfig, RunFile, parse_shard, parse_size
@@ -18,7 +18,8 @@ from shoal.node.genesis import Genesis
 from shoal.node.home import Home
 from shoal.node.identity import Identity
 from shoal.node.supervisor import Supervisor, WorkerDied, command, environment
-from shoal.node.transport.grpc import check_listen, fetch_genesis
+from shoal.node.transport.grpc import check_listen
+from shoal.node.transport.newcomer import fetch_genesis
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Options:
     """Move the old directory aside and found another run."""
     paused: bool = False
     """Wait with training until told to resume."""
+    whole_log: bool = False
+    """Join with the whole log, where a snapshot would do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +135,10 @@ async def join(addresses: Sequence[str], options: Options) -> Place:
     who = place.identity(config)
     _check_flags(config)
     admitted = _admission(fetched, config)
+    if not options.whole_log:
+        told = [target for target in targets if target.peer is not None]
+        if await snapshots.ask(told, admitted, who, place.snapshot) is not None:
+            print("began with a snapshot of the run (--whole-log takes the log)", file=sys.stderr)
     place.keep(fetched)
     config.save(place.node_toml)
     return Place(

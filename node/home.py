@@ -5,6 +5,7 @@ log/          updates, proofs             checkpoint/  the worker's state
 initial.bin   the initial integers        run.toml     the file that founded it (founder only)
 peers.json    peers known from before     node.toml    local settings
 metrics.jsonl one line per turn           status.json  where the status port is (and `token`)
+snapshot      what a joiner began with in place of the log (runs over a pool of seeds)
 lock          held while a daemon runs
 """
 
@@ -85,6 +86,11 @@ class Home:
     def initial(self) -> Path:
         """Return the file with the initial model's integers."""
         return self.path / "initial.bin"
+
+    @property
+    def snapshot(self) -> Path:
+        """Return the file of the snapshot that the run was joined with."""
+        return self.path / "snapshot"
 
     @property
     def node_toml(self) -> Path:

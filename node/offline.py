@@ -11,6 +11,8 @@ from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Entry
 from shoal.gossip.names import NO_HASH, Author, Hash, running
 from shoal.gossip.records import Proof, Update
+from shoal.gossip.snapshot import Snapshot
+from shoal.node import snapshots
 from shoal.node.config import NodeConfig
 from shoal.node.errors import ConfigError
 from shoal.node.genesis import Genesis
@@ -40,11 +42,23 @@ def export(directory: Path, target: Path) -> None:
     with Home(directory) as home:
         genesis = read_genesis(home)
         trainer = make_trainer(home, genesis)
-        store = Store.open(home.log, Limits(), run=genesis.run_id, readonly=True)
+        snapshot, summed = begin(home, trainer), {}
+        if snapshot is not None:
+            summed = {line.author: line for line in snapshot.lines}
+        counts = {author: line.count for author, line in summed.items()}
+        store = Store.open(home.log, Limits(), run=genesis.run_id, readonly=True, summed=counts)
         wire = Wire(genesis.run_id, lambda peer, admission: True, Limits())
         entries = []
         for author, count, closed in _authors(wire, store):
-            entries.append(_apply(trainer, wire, store, Entry(author, count, NO_HASH, closed)))
+            entry = Entry(author, count, NO_HASH, closed)
+            if (line := summed.get(author)) is not None:
+                if closed and closed <= line.count:
+                    raise ConfigError(
+                        f"{home.snapshot} holds an update that no longer counts: start the daemon, "
+                        "which then fetches the log"
+                    )
+                entry = replace(entry, hash=line.hash, summed=line.count)
+            entries.append(_apply(trainer, wire, store, entry))
         trainer.export(target, metadata(genesis, entries_hash(entries)))
 
 
@@ -108,6 +122,28 @@ def make_trainer(
     return trainer
 
 
+def begin(home: Home, trainer: "Trainer") -> Snapshot | None:
+    """Set the model to the snapshot that the directory's peer began with, and return that.
+
+    None, and the initial model, when there is none. Raises ConfigError when it is not what its
+    donor said.
+    """
+    held = snapshots.load(home.snapshot)
+    if held is None:
+        return None
+    snapshot, sums = held
+    try:
+        trainer.begin(sums)
+    except ValueError as error:
+        raise ConfigError(f"{home.snapshot} can't be used: {error}") from error
+    if trainer.fingerprint() != snapshot.fingerprint:
+        raise ConfigError(
+            f"{home.snapshot} can't be used: its model has another fingerprint than it says; start "
+            "the daemon, which then fetches the log"
+        )
+    return snapshot
+
+
 def _no_clock() -> float:
     return 0.0
 
@@ -126,12 +162,15 @@ def _authors(wire: Wire, store: Store) -> Iterator[tuple[Author, int, int]]:
 
 
 def _apply(trainer: "Trainer", wire: Wire, store: Store, entry: Entry) -> Entry:
-    """Add one author's updates to the model; return its line of the frontier, hash and all."""
+    """Add one author's updates to the model; return its line of the frontier, hash and all.
+
+    `entry` holds the running hash after those that a snapshot stands for.
+    """
     from shoal.training.exchange import Arrived
 
-    mark = NO_HASH
+    mark = entry.hash
     batch: list[Arrived] = []
-    for number in range(1, entry.count + 1):
+    for number in range(entry.summed + 1, entry.count + 1):
         found = store.get(entry.author, number)
         assert found is not None, entry
         raw, payload = found

@@ -77,6 +77,9 @@ class Open(msgspec.Struct, frozen=True, tag_field="do", tag="open"):
     own: tuple[int, int] | None = None
     """Log and number of the last own update in the log: residual and momentum live on only if they
     belong to it."""
+    summed: Frontier = []
+    """What the snapshot in the body stands for: 4 bytes a seed of the run's pool. Where the model
+    begins without a checkpoint; empty: at the initial one."""
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
@@ -107,7 +110,10 @@ class Subtract(msgspec.Struct, frozen=True, tag_field="do", tag="subtract"):
 
 
 class Reset(msgspec.Struct, frozen=True, tag_field="do", tag="reset"):
-    """Go back to the initial model, to be built anew from the log. Answer: `Done`."""
+    """Go back to where the model began, to be built anew from the log. Answer: `Done`."""
+
+    whole: bool = False
+    """Begin at the initial model, and forget the snapshot that was given at the opening."""
 
 
 class Turn(msgspec.Struct, frozen=True, tag_field="do", tag="turn"):
@@ -134,6 +140,10 @@ class Discard(msgspec.Struct, frozen=True, tag_field="do", tag="discard"):
 
 class Evaluate(msgspec.Struct, frozen=True, tag_field="do", tag="evaluate"):
     """Measure the shared model on held-out data. Answer: `Measured`."""
+
+
+class Sums(msgspec.Struct, frozen=True, tag_field="do", tag="sums"):
+    """Say what the run has added to the initial model. Answer: `Summed`."""
 
 
 class Recompute(msgspec.Struct, frozen=True, tag_field="do", tag="recompute"):
@@ -165,6 +175,7 @@ Request = (
     | Commit
     | Discard
     | Evaluate
+    | Sums
     | Recompute
     | Export
     | Save
@@ -239,6 +250,13 @@ class Turned(msgspec.Struct, frozen=True, tag_field="is", tag="turned"):
     """Bytes: resident, or allocated on the device."""
 
 
+class Summed(msgspec.Struct, frozen=True, tag_field="is", tag="summed"):
+    """What the updates below `frontier` add up to is in the body; empty: nothing short is so."""
+
+    frontier: Frontier
+    fingerprint: Lanes
+
+
 class Measured(msgspec.Struct, frozen=True, tag_field="is", tag="measured"):
     """The task's held-out measure of the shared model."""
 
@@ -259,7 +277,7 @@ class Failed(msgspec.Struct, frozen=True, tag_field="is", tag="failed"):
     kind: str
 
 
-Answer = Founded | Opened | NeedInitial | Done | Turned | Measured | Ready | Failed
+Answer = Founded | Opened | NeedInitial | Done | Turned | Summed | Measured | Ready | Failed
 
 _encoder = msgspec.json.Encoder()
 _requests: "msgspec.json.Decoder[Request]" = msgspec.json.Decoder(Request)

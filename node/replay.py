@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from shoal.gossip.names import Author, Hash, Key, PeerId
+from shoal.gossip.snapshot import Snapshot
 from shoal.node import client, offline
 from shoal.node.audit import Audit, Counts, Wrong
 from shoal.node.client import Client, UnreachableError
@@ -101,6 +102,8 @@ class Result:
     """A daemon runs there."""
     updates: int = 0
     """Those that count: of each author from 1 without a hole, below its closing."""
+    summed: int = 0
+    """Of these, how many are here as a snapshot alone: their sums, which its donor stated."""
     authors: int = 0
     turns: tuple[int, int] = (0, 0)
     """First and last."""
@@ -179,14 +182,21 @@ def replay(directory: Path, options: Options) -> Result:
         base=options.base,
         allow_task=options.allow_task,
     )
+    snapshot = offline.begin(home, trainer)
     # In this order: what the checkpoint holds and the daemon counts was in the log before.
     claims = [_checkpoint(home.checkpoint, trainer)] if home.checkpoint.exists() else []
     daemon = _daemon(directory, genesis)
-    log, said, seconds = _examine(home.log, genesis, daemon)
+    log, said, seconds = _examine(home.log, genesis, daemon, snapshot)
     try:
         result = _result(directory, genesis, log)
         result.running, result.examined_in = daemon is not None, seconds
-        _Rebuilding(log, trainer, options, result).run([*claims, *said])
+        if snapshot is not None:
+            result.summed = sum(line.count for line in snapshot.lines)
+            result.notes.append(
+                f"{result.summed} updates are not here: the run was joined with their sums, from "
+                f"{peer_text(snapshot.donor)} (--whole-log fetches all)"
+            )
+        _Rebuilding(log, trainer, options, result, snapshot).run([*claims, *said])
     finally:
         log.close()
     if options.evaluate:
@@ -273,14 +283,14 @@ def _status(daemon: Client, run: str) -> Status | None:
 
 
 def _examine(
-    directory: Path, genesis: Genesis, daemon: Client | None
+    directory: Path, genesis: Genesis, daemon: Client | None, snapshot: Snapshot | None
 ) -> tuple[Audit, list[Claim | Compared], float]:
     """Check the log; of a running daemon also find in it what the daemon says that it holds."""
     attempts = ATTEMPTS if daemon is not None else 1
     for attempt in range(1, attempts + 1):
         status = None if daemon is None else _at_rest(daemon, genesis)
         started = time.perf_counter()
-        log = Audit(directory, genesis, running=daemon is not None)
+        log = Audit(directory, genesis, snapshot=snapshot, running=daemon is not None)
         seconds = time.perf_counter() - started
         if daemon is None:
             return log, [], seconds
@@ -350,15 +360,22 @@ def _text(lanes: Lanes) -> str:
 
 
 class _Rebuilding:
-    """Moves the model from frontier to frontier, beginning at the initial one."""
+    """Moves the model from frontier to frontier, beginning at the initial one or a snapshot."""
 
-    def __init__(self, log: Audit, trainer: "Trainer", options: Options, result: Result) -> None:
+    def __init__(
+        self,
+        log: Audit,
+        trainer: "Trainer",
+        options: Options,
+        result: Result,
+        snapshot: Snapshot | None,
+    ) -> None:
         self._log = log
         self._trainer = trainer
         self._options = options
         self._result = result
         self._random = None if options.shuffle is None else random.Random(options.shuffle)
-        self._at: dict[Author, int] = {}
+        self._at: dict[Author, int] = {} if snapshot is None else dict(snapshot.counts())
         self._refused: dict[Key, str] = {}
         self._moved = 0
 

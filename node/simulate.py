@@ -368,7 +368,7 @@ class Simulator:
             tuple(peer.proofs),
             dict(peer.admissions),
             records.get,
-            self._shared,
+            view=self._shared,
         )
         peer.core = self._core(peer.index, peer.id, peer.log, held)
         peer.up, peer.frozen = True, None

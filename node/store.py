@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -62,30 +62,41 @@ class Stored(NamedTuple):
 
 @dataclass(slots=True)
 class _Numbers:
-    """Where one author's updates lie: an array for 1..n, a dict for what is above a hole."""
+    """Where one author's updates lie: an array for what has no hole below, a dict for the rest."""
 
+    summed: int = 0
+    """How many, from 1 on, a snapshot stands for: the array begins after them."""
     places: "array[int]" = field(default_factory=lambda: array("Q"))
-    above: dict[int, int] = field(default_factory=dict)
+    others: dict[int, int] = field(default_factory=dict)
 
     def get(self, number: int) -> int:
-        if 1 <= number <= len(self.places):
-            return self.places[number - 1]
-        return self.above.get(number, 0)
+        if 0 < (place := number - self.summed) <= len(self.places):
+            return self.places[place - 1]
+        return self.others.get(number, 0)
 
     def put(self, number: int, at: int) -> None:
-        if 1 <= number <= len(self.places):
-            self.places[number - 1] = at
+        if 0 < (place := number - self.summed) <= len(self.places):
+            self.places[place - 1] = at
             return
-        self.above[number] = at
-        while following := self.above.pop(len(self.places) + 1, 0):
+        self.others[number] = at
+        while following := self.others.pop(self.summed + len(self.places) + 1, 0):
             self.places.append(following)
 
     def count(self) -> int:
-        """Return how many are held from 1 without a hole."""
+        """Return how many are held from 1 without a hole, those of a snapshot included."""
         try:
-            return self.places.index(0)
+            return self.summed + self.places.index(0)
         except ValueError:
-            return len(self.places)
+            return self.summed + len(self.places)
+
+    def whole(self) -> "_Numbers":
+        """Return the same without a snapshot."""
+        fresh = _Numbers()
+        for place, at in enumerate(self.places, self.summed + 1):
+            fresh.others[place] = at
+        for number, at in sorted((fresh.others | self.others).items()):
+            fresh.put(number, at)
+        return fresh
 
 
 class Store:
@@ -119,10 +130,13 @@ class Store:
         *,
         run: RunId,
         readonly: bool = False,
+        summed: Mapping[Author, int] | None = None,
         disk: Disk | None = None,
         segment_bytes: int = 64 << 20,
     ) -> "Store":
         """Open or create the log in `directory`, check it and cut what was torn.
+
+        `summed`: how many updates of each author a snapshot stands for, which lies elsewhere.
 
         Takes a fresh own log id when anything acknowledged may be lost, so that no number is ever
         used twice (design 3.4). A disk that can't be written leaves the store `degraded`. Raises
@@ -135,18 +149,19 @@ class Store:
             segments = Segments(
                 directory, run, bounds=bounds, disk=disk or Disk(), readonly=readonly
             )
-            return cls._opened(segments, limits)
+            return cls._opened(segments, limits, summed or {})
         except OSError as error:
             if readonly:
                 raise
             segments = Segments(directory, run, bounds=bounds, disk=Disk(), readonly=True)
-            store = cls._opened(segments, limits)
+            store = cls._opened(segments, limits, summed or {})
             store.degrade(_reason(error))
             return store
 
     @classmethod
-    def _opened(cls, segments: Segments, limits: Limits) -> "Store":
+    def _opened(cls, segments: Segments, limits: Limits, summed: Mapping[Author, int]) -> "Store":
         store = cls(segments, limits)
+        store._numbers = {author: _Numbers(count) for author, count in summed.items()}
         for at, head, record in segments.scan():
             store._index(at, head, record)
         store._take_log_id()
@@ -195,6 +210,11 @@ class Store:
             if not self.degraded:
                 head = _head(Kind.ADMISSION, Author(peer, 0), 0, admission)
                 self._write(head, admission, None, sync=False)
+
+    def forget_snapshot(self) -> None:
+        """Count only what is here, number by number."""
+        with self._lock:
+            self._numbers = {author: n.whole() for author, n in self._numbers.items()}
 
     def degrade(self, reason: str) -> int:
         """Go on in memory under a fresh log id, and return it: the disk can't be trusted now.
@@ -389,7 +409,10 @@ class Store:
             yield stored
 
     def counts(self) -> dict[Author, int]:
-        """Return how many updates of each author are held from 1 without a hole."""
+        """Return how many updates of each author are held from 1 without a hole.
+
+        Those that a snapshot stands for are held.
+        """
         counts = {author: numbers.count() for author, numbers in self._numbers.items()}
         for author, number in sorted(self._memory):
             if counts.get(author, 0) == number - 1:
@@ -476,7 +499,7 @@ class Store:
 
 def _all(numbers: _Numbers) -> Iterator[int]:
     yield from (at for at in numbers.places if at)
-    yield from (at for at in numbers.above.values() if at)
+    yield from (at for at in numbers.others.values() if at)
 
 
 def _head(

@@ -18,6 +18,7 @@ from shoal.gossip import messages as m
 from shoal.gossip import records as r
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import NO_HASH, Author, Hash, PeerId, RunId, digest
+from shoal.gossip.snapshot import Line, Snapshot
 from shoal.node.addresses import AddressError, parse_bare
 from shoal.node.admission import PROOF_BYTES
 from shoal.node.errors import PeerError
@@ -376,6 +377,44 @@ def decode_genesis_response(data: bytes) -> bytes:
     return response.genesis
 
 
+def encode_snapshot_request() -> bytes:
+    """Return a joiner's request for a snapshot."""
+    return pb.SnapshotRequest(version=VERSION).SerializeToString()
+
+
+def decode_snapshot_request(data: bytes) -> int:
+    """Return the version of a joiner."""
+    request = pb.SnapshotRequest()
+    _parse(request, data)
+    return request.version
+
+
+def encode_snapshot(lines: Sequence[Line], fingerprint: tuple[int, int], sums: bytes) -> bytes:
+    """Return a snapshot as it travels; lines are sorted by author."""
+    return pb.SnapshotResponse(
+        authors=b"".join(_from_author(line.author) for line in lines),
+        counts=[line.count for line in lines],
+        hashes=b"".join(line.hash for line in lines),
+        turns=[line.turn for line in lines],
+        fingerprint_low=fingerprint[0],
+        fingerprint_high=fingerprint[1],
+        sums=sums,
+    ).SerializeToString()
+
+
+def decode_snapshot(data: bytes, donor: PeerId) -> tuple[Snapshot, bytes]:
+    """Return a snapshot and its sums; one without lines says that the log is the better way."""
+    told = pb.SnapshotResponse()
+    _parse(told, data)
+    authors, hashes = _authors(told.authors), _hashes(told.hashes)
+    _same_length(authors, told.counts, hashes, told.turns)
+    _ascending(authors, "authors")
+    if not all(told.counts) or not all(told.turns):
+        raise WireError("malformed", "no updates, or of no turn")
+    lines = tuple(map(Line, authors, told.counts, hashes, told.turns))
+    return Snapshot(donor, lines, (told.fingerprint_low, told.fingerprint_high)), told.sums
+
+
 def _signer(statement: r.Statement) -> PeerId:
     match statement:
         case r.Update(author=author) | r.Proof(author=author):
@@ -490,11 +529,13 @@ def _to_message(message: m.Message) -> pb.Message:
 
 def _to_digest(message: m.Digest) -> pb.Digest:
     closed = [entry.closed for entry in message.entries]
+    summed = [entry.summed for entry in message.entries]
     return pb.Digest(
         authors=b"".join(_from_author(entry.author) for entry in message.entries),
         counts=[entry.count for entry in message.entries],
         hashes=b"".join(entry.hash for entry in message.entries),
         closed=closed if any(closed) else [],
+        summed=summed if any(summed) else [],
         full=message.full,
         frontier_hash=message.frontier_hash,
         view_hash=message.view_hash,
@@ -521,6 +562,8 @@ def _parse(
     | pb.DeliverRequest
     | pb.PullRequest
     | pb.InitialRequest
+    | pb.SnapshotRequest
+    | pb.SnapshotResponse
     | pb.GenesisRequest
     | pb.GenesisResponse,
     data: bytes,
@@ -636,10 +679,13 @@ def _progress(peer: PeerId, progress: rpb.Progress) -> r.Progress:
 def _digest(told: pb.Digest) -> m.Digest:
     authors, hashes = _authors(told.authors), _hashes(told.hashes)
     closed = list(told.closed) or [0] * len(authors)
-    _same_length(authors, told.counts, hashes, closed)
+    summed = list(told.summed) or [0] * len(authors)
+    _same_length(authors, told.counts, hashes, closed, summed)
     if len(set(authors)) != len(authors):
         raise WireError("malformed", "an author twice in one digest")
-    entries = tuple(map(m.Entry, authors, told.counts, hashes, closed))
+    entries = tuple(map(m.Entry, authors, told.counts, hashes, closed, summed))
+    if any(entry.summed > entry.count for entry in entries):
+        raise WireError("malformed", "a sum of more updates than are held")
     if any(entry.count == 0 and entry.hash != NO_HASH for entry in entries):
         raise WireError("malformed", "a running hash of nothing")
     frontier_hash = Hash(_sized(told.frontier_hash, 32))

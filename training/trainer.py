@@ -217,6 +217,13 @@ class Trainer:
         """Take updates out of the ledger; the deltas are what that changes."""
         return self.exchange.subtract(updates)
 
+    def begin(self, sums: bytes) -> None:
+        """Set the shared model to the initial one and what a whole run added along its seeds.
+
+        Raises ValueError for sums that are not this run's, and changes nothing.
+        """
+        self.exchange.rebuild(self.initial_bytes(), sums)
+
     def fingerprint(self) -> Lanes:
         """Return the running fingerprint."""
         return self.exchange.fingerprint()

@@ -20,6 +20,11 @@ def register(subparsers: flags.Subparsers) -> None:
         metavar="ADDRESS",
         help="/ip4/…/tcp/…/p2p/…/run/…; several of one run: the first that answers",
     )
+    parser.add_argument(
+        "--whole-log",
+        action="store_true",
+        help="fetch every update, also where a run over a pool of seeds could begin with its sums",
+    )
     flags.add_peer(parser)
 
 

@@ -23,7 +23,7 @@ import grpc.aio
 
 from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Message, Push
-from shoal.gossip.names import Hash, PeerId, digest
+from shoal.gossip.names import Hash, PeerId
 from shoal.node import wire
 from shoal.node.addresses import Address, Listen, own, parse_bare, socket_text
 from shoal.node.admission import Admission, peer_of
@@ -544,7 +544,7 @@ class Transport:
         try:
             answer = await call(request, timeout=self.limits.call_timeout)
         except grpc.aio.AioRpcError as error:
-            failure = _told(error)
+            failure = told(error)
             if failure.reason in {"unreachable", "timeout"}:
                 self._channels.drop(channel)
             raise failure from None
@@ -597,7 +597,7 @@ class Transport:
                         raise PeerError("oversize", f"{-left} bytes more came than were declared")
                     yield chunk
             except grpc.aio.AioRpcError as error:
-                failure = _told(error)
+                failure = told(error)
                 if failure.reason in {"unreachable", "timeout"}:
                     self._channels.drop(channel)
                 raise failure from None
@@ -639,6 +639,17 @@ class Transport:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
         await _same_version(version, context)
         answer = wire.encode_genesis_response(self.handler.genesis())
+        self.bytes_out["joining"] += len(answer)
+        return answer
+
+    async def _serve_snapshot(self, peer: PeerId, request: bytes, context: Context) -> bytes:
+        try:
+            version = wire.decode_snapshot_request(request)
+        except wire.WireError as error:
+            self._blame(peer, error.reason)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
+        await _same_version(version, context)
+        answer = await self.handler.snapshot()
         self.bytes_out["joining"] += len(answer)
         return answer
 
@@ -709,6 +720,7 @@ class Transport:
                 "Genesis": unary(self._guarded(self._serve_genesis)),
                 "Pull": stream(self._guarded(self._serve_pull)),
                 "Initial": stream(self._guarded(self._serve_initial)),
+                "Snapshot": unary(self._guarded(self._serve_snapshot)),
             },
         )
 
@@ -782,45 +794,6 @@ class Transport:
         _crash(task.exception())
 
 
-async def fetch_genesis(
-    address: Address,
-    *,
-    secret: bytes | None = None,
-    identity: Identity | None = None,
-    limits: Limits | None = None,
-) -> bytes:
-    """Return the genesis that a join address names, checked against its run id.
-
-    Raises PeerError, whose text says what is wrong with address, peer, run or secret.
-    """
-    limits, identity = limits or Limits(), identity or Identity.generate()
-    if address.run is None:
-        raise PeerError("another run", f"{address} names no run: a join address ends in /run/…")
-    if address.peer is None:
-        there = peer_text(await dial.who_answers(address, timeout=limits.dial_timeout))
-        raise PeerError(
-            "wrong peer",
-            f"{address} names no peer, {there} answers there: if that is the right one, put "
-            f"/p2p/{there} before /run",
-        )
-    admission = Admission(address.run, secret)
-    timeout = limits.dial_timeout
-    found = await dial.find(admission, address.peer, [address], timeout=timeout)
-    most = limits.genesis_bytes + SLACK
-    async with dial.channel(found, admission.credentials(identity), most) as channel:
-        call: Unary = channel.unary_unary(f"/{SERVICE}/Genesis")
-        try:
-            answer = await call(wire.encode_genesis_request(), timeout=limits.call_timeout)
-        except grpc.aio.AioRpcError as error:
-            raise _told(error) from None
-    genesis = wire.decode_genesis_response(answer)
-    if len(genesis) > limits.genesis_bytes:
-        raise PeerError("oversize", f"a genesis of {len(genesis)} bytes")
-    if bytes(digest(genesis)) != bytes(address.run):
-        raise PeerError("hash", "the genesis that it sent is not this run's: ask another member")
-    return genesis
-
-
 def _crash(error: BaseException | None) -> None:
     """Our own bug: loud; the daemon's exception handler decides."""
     context = {"message": "the transport failed", "exception": error}
@@ -831,7 +804,8 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _told(error: grpc.aio.AioRpcError) -> PeerError:
+def told(error: grpc.aio.AioRpcError) -> PeerError:
+    """Return what a failed call says."""
     return _failure(error.code(), error.details())
 
 
@@ -856,14 +830,14 @@ async def _read_call(call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> bytes |
             return None
         raise _failure(await call.code(), await call.details())
     except grpc.aio.AioRpcError as error:
-        raise _told(error) from None
+        raise told(error) from None
 
 
 async def _write_call(call: "grpc.aio.StreamStreamCall[bytes, bytes]", frame: bytes) -> None:
     try:
         await call.write(frame)
     except grpc.aio.AioRpcError as error:
-        raise _told(error) from None
+        raise told(error) from None
     except asyncio.InvalidStateError:
         # The call ended before the write; its status says why.
         await _read_call(call)

@@ -31,5 +31,8 @@ class Handler(Protocol):
     def genesis(self) -> bytes:
         """Return the run's genesis."""
 
+    async def snapshot(self) -> bytes:
+        """Return what a joiner may begin with in place of the log; empty when that is better."""
+
     async def initial(self) -> Buffer | None:
         """Return the initial model's integers (int32, little endian), None while there are none."""

@@ -246,6 +246,73 @@ class InitialResponse(_message.Message):
 Global___InitialResponse: _TypeAlias = InitialResponse  # noqa: Y015
 
 @_typing.final
+class SnapshotRequest(_message.Message):
+    """Asked by a joiner."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotRequest: _TypeAlias = SnapshotRequest  # noqa: Y015
+
+@_typing.final
+class SnapshotResponse(_message.Message):
+    """The model at a frontier: what the updates below it add up to. Empty: the log is the better way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTHORS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    HASHES_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_LOW_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_HIGH_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
+    authors: _builtins.bytes
+    """Authors of 40 bytes each, sorted, and as many counts, running hashes of 32 bytes, and largest
+    turns.
+    """
+    hashes: _builtins.bytes
+    fingerprint_low: _builtins.int
+    """The model's fingerprint there."""
+    fingerprint_high: _builtins.int
+    sums: _builtins.bytes
+    """Of a run whose seeds are from a pool: what was added along each seed, int32, little endian."""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        authors: _builtins.bytes = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        hashes: _builtins.bytes = ...,
+        turns: _abc.Iterable[_builtins.int] | None = ...,
+        fingerprint_low: _builtins.int = ...,
+        fingerprint_high: _builtins.int = ...,
+        sums: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authors", b"authors", "counts", b"counts", "fingerprint_high", b"fingerprint_high", "fingerprint_low", b"fingerprint_low", "hashes", b"hashes", "sums", b"sums", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotResponse: _TypeAlias = SnapshotResponse  # noqa: Y015
+
+@_typing.final
 class Hello(_message.Message):
     """The first thing that each end of a link says."""
 
@@ -471,6 +538,7 @@ class Digest(_message.Message):
     FRONTIER_HASH_FIELD_NUMBER: _builtins.int
     VIEW_HASH_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
+    SUMMED_FIELD_NUMBER: _builtins.int
     authors: _builtins.bytes
     """Authors of 40 bytes each, as many counts, and as many running hashes of 32 bytes."""
     hashes: _builtins.bytes
@@ -484,6 +552,10 @@ class Digest(_message.Message):
     def closed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The numbers from which logs are closed; absent when all are open."""
 
+    @_builtins.property
+    def summed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many updates of each author, from 1 on, the sender holds as a sum alone; absent when none."""
+
     def __init__(
         self,
         *,
@@ -495,10 +567,11 @@ class Digest(_message.Message):
         frontier_hash: _builtins.bytes = ...,
         view_hash: _builtins.int = ...,
         reply: _builtins.bool = ...,
+        summed: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authors", b"authors", "closed", b"closed", "counts", b"counts", "frontier_hash", b"frontier_hash", "full", b"full", "hashes", b"hashes", "reply", b"reply", "view_hash", b"view_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authors", b"authors", "closed", b"closed", "counts", b"counts", "frontier_hash", b"frontier_hash", "full", b"full", "hashes", b"hashes", "reply", b"reply", "summed", b"summed", "view_hash", b"view_hash"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

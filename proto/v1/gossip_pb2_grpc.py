@@ -61,6 +61,11 @@ class GossipServiceStub(object):
                 request_serializer=shoal_dot_proto_dot_v1_dot_gossip__pb2.InitialRequest.SerializeToString,
                 response_deserializer=shoal_dot_proto_dot_v1_dot_gossip__pb2.InitialResponse.FromString,
                 _registered_method=True)
+        self.Snapshot = channel.unary_unary(
+                '/shoal.proto.v1.GossipService/Snapshot',
+                request_serializer=shoal_dot_proto_dot_v1_dot_gossip__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=shoal_dot_proto_dot_v1_dot_gossip__pb2.SnapshotResponse.FromString,
+                _registered_method=True)
 
 
 class GossipServiceServicer(object):
@@ -103,6 +108,13 @@ class GossipServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Snapshot(self, request, context):
+        """What a joiner may begin with in place of the log, if the sender has that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GossipServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +142,11 @@ def add_GossipServiceServicer_to_server(servicer, server):
                     servicer.Initial,
                     request_deserializer=shoal_dot_proto_dot_v1_dot_gossip__pb2.InitialRequest.FromString,
                     response_serializer=shoal_dot_proto_dot_v1_dot_gossip__pb2.InitialResponse.SerializeToString,
+            ),
+            'Snapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.Snapshot,
+                    request_deserializer=shoal_dot_proto_dot_v1_dot_gossip__pb2.SnapshotRequest.FromString,
+                    response_serializer=shoal_dot_proto_dot_v1_dot_gossip__pb2.SnapshotResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +286,33 @@ class GossipService(object):
             '/shoal.proto.v1.GossipService/Initial',
             shoal_dot_proto_dot_v1_dot_gossip__pb2.InitialRequest.SerializeToString,
             shoal_dot_proto_dot_v1_dot_gossip__pb2.InitialResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Snapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.proto.v1.GossipService/Snapshot',
+            shoal_dot_proto_dot_v1_dot_gossip__pb2.SnapshotRequest.SerializeToString,
+            shoal_dot_proto_dot_v1_dot_gossip__pb2.SnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class GossipServiceStub:
     """What the run id stands for; asked by a joiner that has only a join address."""
     Initial: _grpc.UnaryStreamMultiCallable[_gossip_pb2.InitialRequest, _gossip_pb2.InitialResponse]
     """The initial model's integers (int32, little endian), from an offset, as chunks of raw bytes."""
+    Snapshot: _grpc.UnaryUnaryMultiCallable[_gossip_pb2.SnapshotRequest, _gossip_pb2.SnapshotResponse]
+    """What a joiner may begin with in place of the log, if the sender has that."""
 
 @_typing.type_check_only
 class GossipServiceAsyncStub(GossipServiceStub):
@@ -63,6 +65,8 @@ class GossipServiceAsyncStub(GossipServiceStub):
     """What the run id stands for; asked by a joiner that has only a join address."""
     Initial: _aio.UnaryStreamMultiCallable[_gossip_pb2.InitialRequest, _gossip_pb2.InitialResponse]  # type: ignore[assignment]
     """The initial model's integers (int32, little endian), from an offset, as chunks of raw bytes."""
+    Snapshot: _aio.UnaryUnaryMultiCallable[_gossip_pb2.SnapshotRequest, _gossip_pb2.SnapshotResponse]  # type: ignore[assignment]
+    """What a joiner may begin with in place of the log, if the sender has that."""
 
 class GossipServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by every daemon. LinkRequest, LinkResponse, DeliverRequest and DeliverResponse have one
@@ -108,5 +112,13 @@ class GossipServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gossip_pb2.InitialResponse], _abc.AsyncIterator[_gossip_pb2.InitialResponse]]:
         """The initial model's integers (int32, little endian), from an offset, as chunks of raw bytes."""
+
+    @_abc_1.abstractmethod
+    def Snapshot(
+        self,
+        request: _gossip_pb2.SnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gossip_pb2.SnapshotResponse, _abc.Awaitable[_gossip_pb2.SnapshotResponse]]:
+        """What a joiner may begin with in place of the log, if the sender has that."""
 
 def add_GossipServiceServicer_to_server(servicer: GossipServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

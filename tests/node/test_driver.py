@@ -74,6 +74,10 @@ class Links:
         yield self.payloads[payload][offset:]
 
 
+async def no_snapshot() -> bytes:
+    return b""
+
+
 class Hands:
     """A worker's foreman that only notes what it is told."""
 
@@ -88,6 +92,9 @@ class Hands:
 
     def discard(self) -> None:
         self.told.append("discard")
+
+    def forget_snapshot(self) -> None:
+        self.told.append("forget snapshot")
 
 
 class Scene:
@@ -117,6 +124,7 @@ class Scene:
             limits,
             genesis=b"genesis",
             initial=lambda: None,
+            snapshot=no_snapshot,
         )
         self.driver.links, self.driver.hands = self.links, self.hands  # type: ignore[assignment]
 

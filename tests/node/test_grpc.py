@@ -26,8 +26,9 @@ from shoal.node.admission import Admission, Credentials
 from shoal.node.errors import ConfigError, PeerError
 from shoal.node.identity import Identity, peer_text
 from shoal.node.transport import dial
-from shoal.node.transport.grpc import SERVICE, Transport, fetch_genesis
+from shoal.node.transport.grpc import SERVICE, Transport
 from shoal.node.transport.handler import Buffer
+from shoal.node.transport.newcomer import fetch_genesis
 from shoal.proto.v1 import gossip_pb2 as pb
 from shoal.proto.v1.gossip_pb2_grpc import GossipServiceStub
 
@@ -46,6 +47,7 @@ class Owner:
         self.heard: list[tuple[PeerId, m.Message]] = []
         self.payloads: dict[Hash, Buffer] = {}
         self.model: Buffer | None = None
+        self.sums = b""
 
     def on_link_up(self, peer: PeerId, admission: bytes) -> None:
         assert Admission(RUN).verify(peer, admission) or len(admission) == 64
@@ -69,6 +71,9 @@ class Owner:
 
     async def initial(self) -> Buffer | None:
         return self.model
+
+    async def snapshot(self) -> bytes:
+        return self.sums
 
     def of(self, what: str) -> list[str]:
         return [reason for kind, _, reason in self.events if kind == what]

@@ -135,6 +135,10 @@ class Worker:
         return answer, b"".join(bytes(p) for p in payload)
 
 
+async def no_snapshot() -> bytes:
+    return b""
+
+
 class Silent:
     """Links to nobody."""
 
@@ -165,6 +169,7 @@ class Life:
             limits,
             genesis=b"",
             initial=lambda: None,
+            snapshot=no_snapshot,
         )
         self.worker = Worker(fate)
         self.foreman = Foreman(
@@ -294,7 +299,7 @@ def lives(
     assert fingerprint is not None
     # The same from nothing but the log.
     fresh = Duties()
-    fresh.answer(life.foreman._opening(), memoryview(b""))
+    fresh.answer(life.foreman._opening()[0], memoryview(b""))
     fresh.answer(pipe.Reset(), memoryview(b""))
     for items, bodies in life.foreman._batches(
         Key(a, n) for a, c in life.core.frontier.counts() for n in range(1, c + 1)

@@ -90,6 +90,9 @@ class Liar:
     async def initial(self) -> None:
         return None
 
+    async def snapshot(self) -> bytes:
+        return b""
+
 
 class Front:
     """Liars at one daemon's door."""

@@ -180,9 +180,10 @@ class LedgerExchange:
         """Set the model to the initial one and `sums` of another peer; of no use with turn rules.
 
         How large the steps along each seed were is not known then. Raises ValueError for lengths
-        that are not the run's, and changes nothing.
+        that are not the run's, and where the model is more than that, and changes nothing.
         """
-        assert self._only_pool
+        if not self._only_pool:
+            raise ValueError("this run is more than sums along the seeds of a pool")
         pool = Pool(self.pool.size)
         pool.from_bytes(sums)
         self.restore(initial)

@@ -1,0 +1,75 @@
+"""What a joiner may begin with instead of the log: a frontier whose updates somebody has summed.
+
+A snapshot stands for the updates below its frontier, which are then known by their running hashes
+alone. Whoever gave it may lie, so it is believed only while others' statements of fingerprints and
+hashes do not speak against it (design 3.4): then it is dropped, and the log is fetched after all.
+The sums themselves are the worker's affair.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from shoal.gossip.names import Author, Hash, PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One author's updates, summed."""
+
+    author: Author
+    count: int
+    """How many from 1 on; at least one."""
+    hash: Hash
+    """Running hash after `count` updates."""
+    turn: int
+    """The largest turn of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A frontier and the fingerprint of the model there."""
+
+    donor: PeerId
+    lines: tuple[Line, ...]
+    """Sorted by author."""
+    fingerprint: tuple[int, int]
+
+    def counts(self) -> tuple[tuple[Author, int], ...]:
+        """Return the version vector."""
+        return tuple((line.author, line.count) for line in self.lines)
+
+
+@dataclass(slots=True)
+class Footing:
+    """The snapshot that our model stands on, if there is one, and what others make of it."""
+
+    snapshot: Snapshot | None = None
+    _agree: set[PeerId] = field(default_factory=set)
+    _differ: set[PeerId] = field(default_factory=set)
+    """By their fingerprints, at the last look."""
+    _disputes: set[PeerId] = field(default_factory=set)
+    """By their running hashes."""
+
+    def heard(self, verdicts: Mapping[PeerId, bool]) -> None:
+        """Take in whose models equal ours; the donor can't speak for its own snapshot."""
+        if self.snapshot is not None:
+            self._agree = {p for p, same in verdicts.items() if same and p != self.snapshot.donor}
+            self._differ = {p for p, same in verdicts.items() if not same}
+
+    def dispute(self, peer: PeerId) -> None:
+        """`peer` holds other updates where the snapshot ends."""
+        self._disputes.add(peer)
+
+    def refuted(self) -> bool:
+        """Say whether more speak against the snapshot than for it."""
+        against = self._differ | (self._disputes - self._agree)
+        return self.snapshot is not None and len(against) > len(self._agree)
+
+    def firm(self, others: Collection[PeerId]) -> bool:
+        """Say whether to build on it: somebody confirms it, or nobody but the donor is there."""
+        return self.snapshot is None or bool(self._agree) or set(others) <= {self.snapshot.donor}
+
+    def lose(self) -> None:
+        """Stand on the log alone."""
+        self.snapshot = None
+        self._agree, self._differ, self._disputes = set(), set(), set()

@@ -1,0 +1,119 @@
+"""Snapshots of runs whose seeds are from a pool: such a run is K integers, whatever its length.
+
+A joiner asks for them in place of the log (`shoal join --whole-log` does not), keeps them in its
+directory, and goes on from there; gossip/snapshot.py tells when it believes them. Any peer gives
+them: one that was itself given a snapshot has no log of what is below.
+"""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from shoal.gossip.frontier import Frontier
+from shoal.gossip.limits import Limits
+from shoal.gossip.names import Author, PeerId
+from shoal.gossip.snapshot import Line, Snapshot
+from shoal.node import wire
+from shoal.node.addresses import Address
+from shoal.node.admission import Admission
+from shoal.node.errors import ConfigError, PeerError
+from shoal.node.files import write_atomically
+from shoal.node.identity import Identity, peer_text
+from shoal.node.transport.newcomer import fetch_snapshot
+
+log = logging.getLogger(__name__)
+
+PINNED = 60.0
+"""Seconds for which a snapshot is given out before another is made."""
+_PEER_BYTES = 32
+
+Sums = tuple[Sequence[tuple[Author, int]], tuple[int, int], bytes]
+"""A frontier, the model's fingerprint there, and what the updates below it add up to."""
+
+
+class Donor:
+    """Makes snapshots for joiners, one in a while."""
+
+    def __init__(
+        self,
+        frontier: Frontier,
+        sums: Callable[[], Awaitable[Sums]],
+        log_bytes: Callable[[], int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; `sums` asks the worker, `log_bytes` tells what a joiner would fetch instead."""
+        self._frontier = frontier
+        self._sums = sums
+        self._log_bytes = log_bytes
+        self._clock = clock
+        self._made = b""
+        self._until = float("-inf")
+
+    async def give(self) -> bytes:
+        """Return a snapshot as it travels; empty when the log is shorter, or there is none."""
+        if self._clock() >= self._until:
+            try:
+                self._made = self._encode(*await self._sums())
+            except ConfigError as error:  # the worker is not there: the joiner takes the log
+                log.info("no snapshot given", extra={"reason": str(error)})
+                return b""
+            self._until = self._clock() + PINNED
+        whole = not any(log.summed for log in self._frontier.logs.values())
+        return b"" if whole and self._log_bytes() <= len(self._made) else self._made
+
+    def _encode(
+        self, counts: Sequence[tuple[Author, int]], fingerprint: tuple[int, int], sums: bytes
+    ) -> bytes:
+        lines = []
+        for author, count in sorted(counts):
+            log = self._frontier.logs.get(author)
+            if log is None or not log.summed <= count <= log.count:
+                return b""  # a closing came in between
+            lines.append(Line(author, count, log.hash_at(count), log.turn_at(count)))
+        if not lines or not sums:
+            return b""
+        return wire.encode_snapshot(lines, fingerprint, sums)
+
+
+async def ask(
+    addresses: Sequence[Address], admission: Admission, who: Identity, path: Path
+) -> Snapshot | None:
+    """Keep a snapshot of the first address that answers in the file `path`; None: there is none."""
+    limits = Limits()
+    for address in addresses:
+        if address.peer is None:
+            continue
+        try:
+            data = await fetch_snapshot(address, address.peer, admission, who, limits)
+            snapshot, _ = wire.decode_snapshot(data, address.peer)
+        except PeerError as error:
+            log.warning("no snapshot", extra={"peer": peer_text(address.peer), "why": str(error)})
+            continue
+        if not snapshot.lines:
+            return None
+        write_atomically(path, bytes(address.peer) + data)
+        return snapshot
+    return None
+
+
+def load(path: Path) -> tuple[Snapshot, bytes] | None:
+    """Return what `ask` kept; None when it is not there, or damaged: then the log is fetched."""
+    try:
+        data = path.read_bytes()
+        snapshot, sums = wire.decode_snapshot(data[_PEER_BYTES:], PeerId(data[:_PEER_BYTES]))
+    except FileNotFoundError:
+        return None
+    except (OSError, PeerError) as error:
+        log.warning("snapshot not used", extra={"reason": str(error)})
+        return None
+    return (snapshot, sums) if snapshot.lines else None
+
+
+def forget(path: Path) -> None:
+    """Go on without it, also after a restart."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("snapshot not removed", extra={"reason": error.strerror})
