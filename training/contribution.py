@@ -16,6 +16,10 @@ from shoal.compression.codec import Combination, Contribution, Decoded, written
 
 BITS = 30
 """Fractions are in units of 2^-30, so that a product with an int32 fits 64 bits."""
+FULL = 4
+"""One in so many entries of a vector is so much that the others may be there as well."""
+_SLAB = 1 << 20
+"""Elements that are scaled at a time, so that no temporary of 64 bits is as large as the model."""
 
 
 def added(parts: Sequence[Contribution]) -> Contribution | None:
@@ -57,10 +61,50 @@ def negated(part: Contribution) -> Contribution:
 
 def scaled(part: Contribution, fraction: int) -> Contribution:
     """Return part · fraction / 2^30, each number rounded toward zero; 0 ≤ fraction ≤ 2^30."""
+    return rescaled(part, fraction, 0)
+
+
+def rescaled(part: Contribution, new: int, old: int) -> Contribution:
+    """Return what `scaled` makes of it by one fraction, less what it makes by another."""
     if isinstance(part, Combination):
-        return combination(part, part.keys, _scaled(part.coefficients, fraction))
-    values = _scaled(part.values.to(torch.int64), fraction)
-    return replace(part, values=values.to(torch.int32))
+        coefficients_K = _scaled(part.coefficients, new) - _scaled(part.coefficients, old)
+        return combination(part, part.keys, coefficients_K)
+    values = torch.empty_like(part.values)
+    for start in range(0, len(values), _SLAB):
+        slab = slice(start, start + _SLAB)
+        wide = part.values[slab].to(torch.int64)
+        values[slab] = (_scaled(wide, new) - _scaled(wide, old)).to(torch.int32)  # wraps
+    return replace(part, values=values)
+
+
+class Adding:
+    """A sum of parts that come one after another; entries are let go when they fill a vector."""
+
+    def __init__(self) -> None:
+        self._parts: list[Contribution] = []
+        self._whole: Decoded | None = None
+        """What was added up."""
+        self._waiting = 0
+        """Entries of parts."""
+
+    def add(self, part: Contribution) -> None:
+        """Take in a part."""
+        self._parts.append(part)
+        if isinstance(part, Combination):  # it is small
+            return
+        self._waiting += len(part.values)
+        if self._waiting * FULL < part.size:
+            return
+        if self._whole is None:
+            zeros_D = torch.zeros(part.size, dtype=torch.int32, device=part.values.device)
+            self._whole = replace(part, values=zeros_D, indices=None)
+        _add_into(self._whole.values, [one for one in self._parts if isinstance(one, Decoded)])
+        self._parts = [one for one in self._parts if isinstance(one, Combination)]
+        self._waiting = 0
+
+    def sum(self) -> Contribution | None:
+        """Return the sum; None for no parts."""
+        return added(self._parts if self._whole is None else [self._whole, *self._parts])
 
 
 def combination(like: Combination, keys_K: Tensor, coefficients_K: Tensor) -> Combination:
@@ -70,6 +114,8 @@ def combination(like: Combination, keys_K: Tensor, coefficients_K: Tensor) -> Co
 
 
 def _scaled(numbers: Tensor, fraction: int) -> Tensor:
+    if fraction in (0, 1 << BITS):
+        return numbers * (fraction >> BITS)
     return torch.div(numbers * fraction, 1 << BITS, rounding_mode="trunc")
 
 
@@ -91,12 +137,16 @@ def _entries(parts: Sequence[Decoded]) -> Decoded:
         sums_T.index_add_(0, where, torch.cat([part.values for part in parts]))
         return replace(first, values=sums_T, indices=places_T)
     total_D = torch.zeros(first.size, dtype=torch.int32, device=first.values.device)
+    _add_into(total_D, parts)
+    return replace(first, values=total_D, indices=None)
+
+
+def _add_into(total_D: Tensor, parts: Sequence[Decoded]) -> None:
     for part in parts:
         if part.indices is None:
             total_D += part.values
         else:
             total_D[part.indices] += part.values  # no index is there twice
-    return replace(first, values=total_D, indices=None)
 
 
 def table(parts: Sequence[Combination], *, least: int = 0) -> tuple[Tensor, NDArray[np.int64]]:

@@ -5,7 +5,7 @@ fingerprint on every device. Under a turn rule it is the contributions of turns 
 a function of the set of its updates; what changes when one comes or goes is a difference of two.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,21 +20,16 @@ from shoal.compression.codec import (
     sum_of_squares,
     written,
 )
-from shoal.training import contribution, fingerprint
+from shoal.training import fingerprint
 from shoal.training.fingerprint import CHUNK, Fingerprint, Lanes
 from shoal.training.turn_rule import TurnRule
+from shoal.training.turns import Recall, Turns
 
 HALF = 1 << 30
 """Half the range of int32: values beyond it raise the divergence alarm."""
-SMALL = 1 << 12
-"""Bytes of an update that is kept as it is under a turn rule; larger ones are recalled."""
-TOTALS = 2
-"""Turns whose contribution is kept, those touched last: most updates are of these."""
 
 Key = tuple[bytes, int, int]
 """Peer, log and number of an update."""
-Recall = Callable[[Key], Contribution]
-"""Decodes an update anew that was taken in before."""
 
 
 class Ledger:
@@ -45,7 +40,7 @@ class Ledger:
         self.model = initial_D.clone()
         self.rule = rule
         self._lanes = Fingerprint(len(initial_D), initial_D.device)
-        self._turns = _Turns(rule, recall)
+        self._turns = Turns(rule, recall)
         self._running = self.recompute()
         self.out_of_range = _beyond(self.model)
         """How many values have left half the range."""
@@ -207,78 +202,6 @@ class Ledger:
         return delta, (sums[2] & fingerprint.MASK, sums[3] & fingerprint.MASK)
 
 
-class _Turns:
-    """Which updates are in, by turn, and what each turn contributes."""
-
-    def __init__(self, rule: TurnRule, recall: Recall | None) -> None:
-        self._rule = rule
-        self._recall = recall
-        self._members: dict[int, dict[Key, Contribution | None]] = {}
-        """None: to be recalled."""
-        self._totals: dict[int, Contribution | None] = {}
-        """Of the turns touched last, the latest at the end."""
-
-    def emptied(self) -> "_Turns":
-        """Return one that holds nothing."""
-        return _Turns(self._rule, self._recall)
-
-    def take_in(self, turn: int, updates: Mapping[Key, Contribution]) -> Contribution | None:
-        """Let updates be in; return by how much the turn's contribution changes."""
-        members = self._members.setdefault(turn, {})
-        news = {key: update for key, update in updates.items() if key not in members}
-        before = self._total(turn, news)
-        members.update(news)
-        return self._changed(turn, before, news)
-
-    def take_out(self, turn: int, keys: Iterable[Key]) -> Contribution | None:
-        """Let updates be in no longer; return by how much the turn's contribution changes."""
-        members = self._members.get(turn, {})
-        before = self._total(turn, {})
-        for key in keys:
-            members.pop(key, None)
-        return self._changed(turn, before, {})
-
-    def recalls(self, turn: int, key: Key) -> bool:
-        """Say whether this update is in and may have to be recalled."""
-        members = self._members.get(turn, {})
-        return key in members and members[key] is None
-
-    def _changed(
-        self, turn: int, before: Contribution | None, news: Mapping[Key, Contribution]
-    ) -> Contribution | None:
-        self._totals.pop(turn, None)
-        after = self._total(turn, news)
-        self._totals[turn] = after
-        if len(self._totals) > TOTALS:
-            del self._totals[next(iter(self._totals))]
-        members = self._members.get(turn, {})
-        if not members:
-            self._members.pop(turn, None)
-        for key, update in news.items():
-            if self._recall is not None and _bytes(update) > SMALL:
-                members[key] = None
-        return contribution.difference(after, before)
-
-    def _total(self, turn: int, news: Mapping[Key, Contribution]) -> Contribution | None:
-        """Return what the turn contributes; `news` need not be recalled."""
-        if turn in self._totals:
-            return self._totals[turn]
-        members = self._members.get(turn, {})
-        return self._rule.total([self._held(key, members, news) for key in _votes(members)])
-
-    def _held(
-        self,
-        key: Key,
-        members: Mapping[Key, Contribution | None],
-        news: Mapping[Key, Contribution],
-    ) -> Contribution:
-        update = news[key] if key in news else members[key]
-        if update is None:
-            assert self._recall is not None
-            return self._recall(key)
-        return update
-
-
 def _batches(updates: Sequence[Combination]) -> list[list[int]]:
     """Return the places of updates of one fragment each, whose sum stays within int32."""
     batches: dict[tuple[int, int], list[list[int]]] = {}
@@ -292,20 +215,6 @@ def _batches(updates: Sequence[Combination]) -> list[list[int]]:
         batches[fragment][-1].append(place)
         reach[fragment] += own
     return [batch for some in batches.values() for batch in some]
-
-
-def _votes(keys: Iterable[Key]) -> list[Key]:
-    """Return of each peer's updates the one that counts: that of the smallest log and number."""
-    votes: dict[bytes, Key] = {}
-    for key in keys:
-        votes[key[0]] = min(key, votes.get(key[0], key))
-    return list(votes.values())
-
-
-def _bytes(update: Contribution) -> int:
-    if isinstance(update, Combination):
-        return update.keys.nbytes + update.coefficients.nbytes
-    return update.values.nbytes + (0 if update.indices is None else update.indices.nbytes)
 
 
 def from_bytes(data: bytes, size: int) -> Tensor:

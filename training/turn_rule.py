@@ -32,7 +32,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,6 +59,19 @@ class TurnRule(Protocol):
         """Return the contribution of a turn with these updates, one a peer; their order is chance.
 
         None stands for zero.
+        """
+        ...
+
+
+@runtime_checkable
+class Scaling(Protocol):
+    """A rule whose total is the sum of the updates, each scaled by a share that follows from all
+    their norms: then only those are looked at again whose share changes."""
+
+    def shares(self, squares: Sequence[int]) -> list[int]:
+        """Return the share of each update, 0 to 2^30, in units of 2^-30 (`contribution.scaled`).
+
+        `squares`: the exact squares of their norms.
         """
         ...
 

@@ -15,7 +15,7 @@ from shoal.node.duties import Duties
 from shoal.node.errors import ConfigError
 from shoal.node.pipe import Item
 from shoal.node.simulate import Fault, Network, SimPeer
-from shoal.training import ledger, payloads, turn_rule
+from shoal.training import payloads, turn_rule, turns
 from shoal.training.run import RunSpec
 from shoal.training.trainer import Trainer
 
@@ -128,7 +128,7 @@ def give(worker: Duties, updates: list[tuple[Item, bytes]]) -> Any:
 @pytest.fixture(params=RUNS)
 def swarm(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Swarm:
     """Everything counts as too large to be kept, and most as too large for memory."""
-    monkeypatch.setattr(ledger, "SMALL", 0)
+    monkeypatch.setattr(turns, "SMALL", 0)
     monkeypatch.setattr(payloads, "IN_MEMORY", 500)
     return Swarm(tmp_path, RUNS[request.param])
 

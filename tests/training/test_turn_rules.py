@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+import weakref
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -394,6 +395,63 @@ def test_large_updates_are_recalled_and_give_the_same_model(
             wide += np.array(clipped(rows, squares), object).sum(0)
     assert ledger.model.tolist() == wrapped(wide)
     assert ledger.fingerprint() == ledger.recompute()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    order=st.permutations(range(9)),
+    quorum=st.integers(0, 6),
+    sparse=st.booleans(),
+    equal=st.booleans(),
+)
+def test_one_more_update_lets_those_above_the_median_be_decoded_and_one_at_a_time(
+    order: list[int], quorum: int, sparse: bool, equal: bool
+) -> None:
+    size = 3000
+
+    def made(i: int) -> Decoded:
+        g = torch.Generator().manual_seed(i)
+        values = torch.randint(-(2**20), 2**20, (size,), generator=g, dtype=torch.int32)
+        if equal:  # of one length
+            values = torch.where(values > 0, 7, -7).to(torch.int32)
+        places = torch.arange(i, size, 3) if sparse else None
+        return Decoded(size, values if places is None else values[places], places)
+
+    keys = [(bytes([i]) * 32, 0, 1) for i in range(9)]
+    squares = [sum(v * v for v in made(i).values.tolist()) for i in range(9)]
+    recalled: list[int] = []
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def recall(key: Key) -> Contribution:
+        recalled.append(keys.index(key))
+        assert sum(one() is not None for one in alive) <= 1
+        update = made(recalled[-1])
+        alive.append(weakref.ref(update.values))
+        return update
+
+    ledger = Ledger(initial(size), turn_rule.make({"name": "clip_norm", "quorum": quorum}), recall)
+    votes: list[int] = []
+    medians = [0]
+    for move in [*order, *order[:4]]:
+        recalled.clear()
+        before = set(votes)
+        if move in votes:
+            votes.remove(move)
+            ledger.subtract(keys[move], 1, made(move))
+        else:
+            votes.append(move)
+            ledger.add(keys[move], 1, made(move))
+        silent = [0] * (quorum - len(votes))
+        medians.append(statistics.median_low([*(squares[i] for i in votes), *silent]))
+        low, high = sorted(medians[-2:])
+        stays = before & set(votes)
+        assert {i for i in recalled if i in stays} <= {i for i in stays if squares[i] > low}
+        if low == high:
+            assert not stays & set(recalled)
+        assert len(recalled) == len(set(recalled))
+    rows = [made(i).dense().tolist() for i in votes]
+    total = np.array(clipped(rows, [squares[i] for i in votes], quorum), object).sum(0)
+    assert ledger.model.tolist() == wrapped(np.array(initial(size).tolist(), object) + total)
 
 
 @pytest.mark.gpu

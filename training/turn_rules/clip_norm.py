@@ -24,10 +24,12 @@ class ClipNorm:
 
     Costs: honest updates above the median are shortened, and their authors never send what was cut
     off: their residuals believe it sent. The worker keeps every payload of the run, beyond 64 MiB
-    in a file beside the log, and decodes a turn's again whenever one more arrives: n² / 2 times for
-    n updates that come one by one. Guarantees a bound on length alone: a liar still chooses the
-    direction of an honest step, and a quarter of liars pushing together weighs as much as a quarter
-    of the honest. Half of the voters sending nothing stops the others.
+    in a file beside the log, and an integer for each, s. When one more arrives, those of its turn
+    are decoded again, one by one, whose share changes: above the median, so at most n of them and
+    usually half. That takes memory for some five vectors of the model's size. Guarantees a bound on
+    length alone: a liar still chooses the direction of an honest step, and a quarter of liars
+    pushing together weighs as much as a quarter of the honest. Half of the voters sending nothing
+    stops the others.
     """
 
     quorum: int = 0
@@ -44,16 +46,18 @@ class ClipNorm:
 
     def total(self, updates: Sequence[Contribution]) -> Contribution | None:
         """Return the sum of what is left."""
-        squares = [squares_of(update) for update in updates]
+        shares = self.shares([squares_of(update) for update in updates])
+        return contribution.added([*map(contribution.scaled, updates, shares)])
+
+    def shares(self, squares: Sequence[int]) -> list[int]:
+        """Return by how much each update is multiplied, in units of 2^-30."""
         silent = [0] * (self.quorum - len(squares))
-        all_squares = sorted(squares + silent)
+        all_squares = sorted([*squares, *silent])
         middle = all_squares[(len(all_squares) - 1) // 2] if squares else 0
-        return contribution.added(
-            [
-                update if s <= middle else contribution.scaled(update, _fraction(middle, s))
-                for update, s in zip(updates, squares, strict=True)
-            ]
-        )
+        return [_WHOLE if s <= middle else _fraction(middle, s) for s in squares]
+
+
+_WHOLE = 1 << contribution.BITS
 
 
 def _fraction(middle: int, squares: int) -> int:
