@@ -329,14 +329,16 @@ class Daemon:
 
     async def _watch(self) -> None:
         """Look at what changes slowly."""
-        remembered, state = time.monotonic(), ""
+        remembered, state, known = time.monotonic(), "", False
         while True:
             await asyncio.sleep(SAMPLE)
             self.meter.sample()
             if state != self.core.state:
                 state = self.core.state
                 log.info(MEANINGS.get(state, state))
-            if time.monotonic() - remembered >= REMEMBER:
+            first = not known and bool(self.core.linked())
+            if first or time.monotonic() - remembered >= REMEMBER:
+                known = bool(self.core.linked())
                 remembered = time.monotonic()
                 self._remember()
 

@@ -5,6 +5,7 @@ directory, and goes on from there; gossip/snapshot.py tells when it believes the
 them: one that was itself given a snapshot has no log of what is below.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -50,31 +51,37 @@ class Donor:
         self._clock = clock
         self._made = b""
         self._until = float("-inf")
+        self._making = asyncio.Lock()
 
     async def give(self) -> bytes:
         """Return a snapshot as it travels; empty when the log is shorter, or there is none."""
-        if self._clock() >= self._until:
-            try:
-                self._made = self._encode(*await self._sums())
-            except ConfigError as error:  # the worker is not there: the joiner takes the log
-                log.info("no snapshot given", extra={"reason": str(error)})
-                return b""
-            self._until = self._clock() + PINNED
+        async with self._making:
+            if self._clock() >= self._until:
+                await self._make()
         whole = not any(log.summed for log in self._frontier.logs.values())
         return b"" if whole and self._log_bytes() <= len(self._made) else self._made
 
-    def _encode(
-        self, counts: Sequence[tuple[Author, int]], fingerprint: tuple[int, int], sums: bytes
-    ) -> bytes:
+    async def _make(self) -> None:
+        self._made = b""
+        try:
+            counts, fingerprint, sums = await self._sums()
+        except ConfigError as error:  # the worker is not there: the joiner takes the log
+            log.info("no snapshot given", extra={"reason": str(error)})
+            return
+        if not sums:
+            self._until = float("inf")  # this run is more than sums
+        elif counts and (lines := self._lines(counts)):
+            self._made = wire.encode_snapshot(lines, fingerprint, sums)
+            self._until = self._clock() + PINNED
+
+    def _lines(self, counts: Sequence[tuple[Author, int]]) -> list[Line]:
         lines = []
         for author, count in sorted(counts):
             log = self._frontier.logs.get(author)
             if log is None or not log.summed <= count <= log.count:
-                return b""  # a closing came in between
+                return []  # a closing came in between
             lines.append(Line(author, count, log.hash_at(count), log.turn_at(count)))
-        if not lines or not sums:
-            return b""
-        return wire.encode_snapshot(lines, fingerprint, sums)
+        return lines
 
 
 async def ask(
