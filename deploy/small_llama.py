@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
+from shoal.compression.settings import SettingError
 from shoal.training import data
 
 END = "<|end|>"
@@ -71,7 +72,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     swarm.add_argument("--batch", type=int, default=16)
     swarm.add_argument("--data", help="text to learn from (default: the standard library)")
     swarm.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("layers", "width", "heads", "context", "peers", "turns", "steps", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is at least 1")
+    if args.width % (2 * args.heads):
+        parser.error(f"--width {args.width} is to be a multiple of twice --heads {args.heads}")
+    if args.vocabulary < 257:
+        parser.error("--vocabulary is at least 257: every byte, and the end of a text")
+    if not 0 <= args.seed < 2**63:
+        parser.error("--seed is from 0 to 2^63 - 1")
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        parser.error(f"{args.out} is not an empty folder; name a new one")
+    return args
 
 
 def make_tokenizer(vocabulary: int, text: str | None) -> PreTrainedTokenizerFast:
@@ -135,10 +148,11 @@ def train(args: argparse.Namespace, start: Path) -> None:
 def main() -> None:
     """Make it."""
     args = parse()
-    if args.out.exists() and any(args.out.iterdir()):
-        sys.exit(f"{args.out} is not empty; name a new folder")
     transformers_logging.disable_progress_bar()
-    tokenizer = make_tokenizer(args.vocabulary, args.data)
+    try:
+        tokenizer = make_tokenizer(args.vocabulary, args.data)
+    except SettingError as error:
+        sys.exit(str(error))
     model = make_model(args, tokenizer)
     start = args.out if args.no_swarm else args.out / "training" / "random"
     tokenizer.save_pretrained(start)

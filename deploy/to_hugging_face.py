@@ -29,7 +29,10 @@ def convert(exported: Path, out: Path, *, base: str) -> None:
         about = file.metadata() or {}
     if "run" not in about:
         raise SettingError(f"{exported} was not written by `shoal export`")
-    spec = RunSpec.parse(json.loads(about["run"]))
+    try:
+        spec = RunSpec.parse(json.loads(about["run"]))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SettingError(f"{exported} does not say of which run it is: {error}") from error
     if spec.task.name != NAME:
         raise SettingError(f"{exported} is of task {spec.task.name}; only {NAME} has such models")
     place = Place(seed=spec.run.seed, base=base)
@@ -58,6 +61,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--base", required=True, metavar="DIR|hf://ORG/NAME")
     args = parser.parse_args()
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        sys.exit(f"{parser.prog}: {args.out} is not an empty folder; name a new one")
     try:
         convert(args.model, args.out, base=args.base)
     except (SettingError, RunError, OSError, safetensors.SafetensorError) as error:

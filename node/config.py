@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -298,11 +298,27 @@ def read_toml(path: Path) -> dict[str, Any]:
     if len(data) > RUN_FILE_BYTES:
         raise ConfigError(f"{path} is larger than {RUN_FILE_BYTES >> 10} KiB: not a run file")
     try:
-        return tomllib.loads(data.decode())
+        found = tomllib.loads(data.decode())
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    if any(type(value) is int and not -(2**63) <= value < 2**63 for value in _values(found)):
+        raise ConfigError(f"{path} is not valid TOML: an integer has more than 64 bits")
+    return found
+
+
+def _values(found: object) -> Iterator[object]:
+    """Yield everything in nested tables and lists that is neither."""
+    left = [found]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        else:
+            yield value
 
 
 def to_toml(plain: Mapping[str, object]) -> str:

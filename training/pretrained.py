@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -124,6 +124,11 @@ def load_model(place: Source, config: Any, *, context: int, tokens: int) -> Any:
         raise SettingError(
             f"--base {place} lacks {len(missing)} weights of its model, {missing[0]} for one; "
             "copy the whole folder"
+        )
+    if odd := [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]:
+        raise SettingError(
+            f"--base {place} holds weights that are infinite or no numbers, in {odd[0]} for one; "
+            "get another copy"
         )
     known = model.get_input_embeddings().num_embeddings
     if tokens > known:
@@ -280,8 +285,13 @@ def _not_installed(error: ImportError) -> SettingError:
 def _load(what: Any, place: Source, noun: str) -> Any:
     """Call it, and say in one line why it fails: these libraries raise nearly everything."""
     try:
-        with _offline() if place.local else contextlib.nullcontext(), _quiet():
+        with _offline() if place.local else contextlib.nullcontext(), _unpickled(), _quiet():
             return what()
+    except _PickleError as error:
+        raise SettingError(
+            f"--base {place} has weights in pickle ({error}), which can run any code; "
+            "get a copy with all of them in *.safetensors"
+        ) from None
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise SettingError(
@@ -302,6 +312,25 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+class _PickleError(RuntimeError):
+    """Something was about to be unpickled; the message names the file."""
+
+
+@contextlib.contextmanager
+def _unpickled() -> Iterator[None]:
+    """Let nothing be read as pickle: an index of safetensors may name files that are."""
+
+    def refuse(file: Any, *args: Any, **options: Any) -> NoReturn:
+        raise _PickleError(Path(str(file)).name)
+
+    before = torch.load
+    torch.load = refuse
+    try:
+        yield
+    finally:
+        torch.load = before
 
 
 @contextlib.contextmanager

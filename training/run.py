@@ -53,10 +53,8 @@ class Plane:
         if not isinstance(self.author, WalkSettings) or self.author.lr:
             return self
         author = replace(self.author, lr=RATE / parameters)
-        options = {**self.update.options, "exponent": author.exponent(quantum_bits, peers)}
-        name = self.update.name
-        options = codec.filled(name, options, where="exchange.update")
-        return replace(self, update=Part(name, options), author=author)
+        update = _with_steps(self.update, author, quantum_bits, peers, "exchange.update")
+        return replace(self, update=update, author=author)
 
     def filled(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -246,11 +244,25 @@ def _plane(given: Any, exchange: tables.Exchange, peers: int, where: str, *, las
                 f"kind = {name!r} steps along directions of the whole model: leave fragments out"
             )
         if made.lr and "exponent" not in given:
-            options["exponent"] = made.exponent(exchange.quantum_bits, peers)
-            options = codec.filled(name, options, where=where)
+            part = _with_steps(Part(name, options), made, exchange.quantum_bits, peers, where)
+            options = part.options
         if not made.lr and "exponent" in given:
             raise SettingError(f"{where}.exponent belongs to a rate: give lr as well")
     return Plane(Part(name, options), made, every)
+
+
+def _with_steps(
+    update: Part, author: WalkSettings, quantum_bits: int, peers: int, where: str
+) -> Part:
+    """Return the update with the exponent that its author's rate asks for."""
+    options = {**update.options, "exponent": author.exponent(quantum_bits, peers)}
+    try:
+        return Part(update.name, codec.filled(update.name, options, where=where))
+    except SettingError:
+        raise SettingError(
+            f"{where}: lr = {author.lr:g} and reach = {author.reach:g} make steps of which "
+            f"{options['perturbations']} do not fit the ledger; lower one of the three"
+        ) from None
 
 
 def _decay(part: codec.Codec) -> float:

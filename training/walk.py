@@ -15,6 +15,9 @@ RATE = 100.0
 """The default `lr` times parameters: a step's length² grows with their number, what it gains does
 not (MeZO's 1e-7 … 1e-6 for models of 10⁹; .02 for a perceptron of 5000)."""
 MOST_QUANTUM_BITS = 30
+LARGE = 1e9
+EPSILONS = 1e-8, 1e4
+"""The smallest and the largest ε: below, θ ± ε·z are θ in float32, and all slopes zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,16 @@ class WalkSettings:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if not 0 <= self.lr < math.inf:
-            raise ValueError(f"lr = {self.lr}; use 0 (by the model's size) or more")
-        for key in ("epsilon", "reach"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{key} = {getattr(self, key)} must be above 0")
+        if not 0 <= self.lr <= LARGE:
+            raise ValueError(f"lr = {self.lr}; use 0 (by the model's size) to {LARGE:g}")
+        low, high = EPSILONS
+        if not low <= self.epsilon <= high:
+            raise ValueError(
+                f"epsilon = {self.epsilon}; use {low:g} to {high:g}: float32 weights do not show "
+                "smaller steps"
+            )
+        if not 0 < self.reach <= LARGE:
+            raise ValueError(f"reach = {self.reach} must be above 0, and at most {LARGE:g}")
 
     def exponent(self, quantum_bits: int, peers: int) -> int:
         """Return e such that 127 · 2^e quanta are a peer's step for a slope of `reach`.
@@ -49,12 +57,14 @@ class WalkSettings:
         """
         quanta = self.lr * self.reach / peers * 2.0**quantum_bits
         if quanta < 1:
-            bits = quantum_bits + math.ceil(-math.log2(quanta))
-            remedy = f"set exchange.quantum_bits to {bits} (weights stay below {2 ** (31 - bits)})"
-            if bits > MOST_QUANTUM_BITS:
-                remedy = "raise lr"
+            remedy = "raise lr"
+            # The product of two tiny numbers may be zero.
+            bits = quantum_bits + math.ceil(-math.log2(max(quanta, 2.0**-64)))
+            if bits <= MOST_QUANTUM_BITS:
+                most = 2 ** (31 - bits)
+                remedy = f"set exchange.quantum_bits to {bits} (weights stay below {most})"
             raise SettingError(
-                f"lr = {self.lr}: a peer's largest step is below the ledger's unit, 2^-"
-                f"{quantum_bits}; {remedy}"
+                f"lr = {self.lr:g}, reach = {self.reach:g}: a peer's largest step is below the "
+                f"ledger's unit, 2^-{quantum_bits}; {remedy}"
             )
         return max(0, math.ceil(math.log2(quanta / 127)))

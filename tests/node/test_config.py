@@ -90,6 +90,9 @@ def test_toml_and_canonical_bytes_say_the_same(tmp_path: Path) -> None:
         (("width = 64", 'width = "\\u001b[2J"'), "all printable"),
         (('name = "text"', 'name = "os;x"'), "use the name of a task"),
         (("[run]", "[run"), "not valid TOML.*line 2"),
+        (("seed = 7", f"seed = {'9' * 5000}"), "not valid TOML"),
+        (("seed = 7", f"seed = 0x{'f' * 5000}"), "not valid TOML: an integer has more than 64"),
+        (("lr = 0.02", "lr = [1, {x = 9223372036854775808}]"), "more than 64 bits"),
     ],
 )
 def test_a_wrong_run_file_is_one_line_that_names_the_key(

@@ -472,6 +472,76 @@ def test_it_learns_and_what_is_exported_is_a_model_for_transformers(
     assert len(AutoTokenizer.from_pretrained(tmp_path / "tuned")) == 257
 
 
+def text_file(folder: Path) -> Path:
+    path = folder / "file"
+    path.write_text("")
+    return path
+
+
+def full_folder(folder: Path) -> Path:
+    (folder / "full").mkdir()
+    return text_file(folder / "full").parent
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (None, "was not written by `shoal export`"),
+        ("[1", "does not say of which run it is"),
+        ("[1]", "does not say of which run it is"),
+        ('{"run": {"name": "x"}, "task": {"name": "text"}}', "is of task text"),
+    ],
+)
+def test_a_file_that_is_no_export_is_refused(
+    run: str | None, said: str, base: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path, {} if run is None else {"run": run})
+    with pytest.raises((SettingError, RunError), match=said):
+        bases.script("to_hugging_face").convert(path, tmp_path / "out", base=str(base))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [text_file, full_folder])
+def test_scripts_write_nothing_over_what_is_there(
+    make: Callable[[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = str(make(tmp_path))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "deploy"))
+    monkeypatch.setattr(sys, "argv", ["to_hugging_face", "no.safetensors", out, "--base", "no"])
+    with pytest.raises(SystemExit, match=f"{out} is not an empty folder"):
+        bases.script("to_hugging_face").main()
+    with pytest.raises(SystemExit):
+        bases.script("small_llama").parse([out])
+    assert f"{out} is not an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--layers 0", "--layers is at least 1"),
+        ("--width 96 --heads 5", "multiple of twice --heads 5"),
+        ("--width 12 --heads 4", "multiple of twice --heads 4"),
+        ("--vocabulary 256", "--vocabulary is at least 257"),
+        ("--seed -1", "--seed is from 0"),
+    ],
+)
+def test_a_model_that_cannot_be_is_not_made(
+    argv: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "deploy"))
+    with pytest.raises(SystemExit):
+        bases.script("small_llama").parse([str(tmp_path / "new"), *argv.split()])
+    assert said in capsys.readouterr().err
+
+
 def test_a_sample_is_text_and_comes_from_the_generator(base: Path) -> None:
     one = made(base)
     model = model_of(one).eval()
@@ -504,6 +574,19 @@ def pickled_beside_others(folder: Path) -> None:
     safetensors.torch.save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
 
 
+def pickled_by_index(folder: Path) -> None:
+    pickled_beside_others(folder)
+    whole = torch.load(folder / "pytorch_model.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(whole, "pytorch_model.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def not_finite(folder: Path) -> None:
+    whole = safetensors.torch.load_file(folder / "model.safetensors")
+    whole["model.norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(whole, folder / "model.safetensors", {"format": "pt"})
+
+
 def cut_off(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:9000])
@@ -521,6 +604,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"\*\.safetensors is missing"),
     "pickle": (pickled, r"as pickle \(pytorch_model.bin\).*get a copy with \*\.safetensors"),
     "pickle beside others": (pickled_beside_others, "gives no model: .*model.safetensors"),
+    "pickle by index": (pickled_by_index, r"weights in pickle \(pytorch_model.bin\)"),
+    "not finite": (not_finite, "infinite or no numbers, in model.norm.weight"),
     "cut off": (cut_off, "gives no model: .*not fully covered"),
     "another shape": (lambda f: changed(f, hidden_size=32), "gives no model"),
     "a layer missing": (
