@@ -767,6 +767,8 @@ class Protocol:
 
     def _state_progress(self, now: float) -> None:
         self.timers.set("progress", now + self._progress_interval() * (0.9 + self.rng.random() / 5))
+        if not self._firm():
+            return  # others would take us for a liar, when it is our donor that is one
         told = self.agreement.tell(self._over())
         if told is None or (at := self.frontier.hash_at(dict(told[0]))) is None:
             return

@@ -1,7 +1,8 @@
 """What the worker is asked to do next, and how its updates get their numbers.
 
-One request at a time (the hand-shake is in events.py). Closings come first, then a rebuild, then
-the next turn; a peer that does not train only applies what arrives.
+One request at a time (the hand-shake is in events.py). A rebuild comes first, then closings (which
+a rebuild leaves out by itself), then the next turn; a peer that does not train only applies what
+arrives.
 """
 
 import random
@@ -102,11 +103,11 @@ class Turns:
         """Ask the worker for the next thing, if it is free."""
         if not self.ready or self._request is not None or self._storing is not None:
             return
-        if self.frontier.closings and self._subtract():
-            return
         if self.rebuild:
             self.rebuild = False
             self._ask(Rebuild())
+        elif self.frontier.closings and self._subtract():
+            return
         elif not self.finished() and may_train():
             self._start_turn(now)
         elif self._asked != self.frontier.version:

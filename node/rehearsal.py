@@ -86,6 +86,14 @@ class TrainingWorker:
         """The turn's update is not published."""
         self.trainer.discard()
 
+    def sums(self) -> bytes | None:
+        """Return what the run added along the seeds of its pool; None where it is more."""
+        return self.trainer.exchange.sums()
+
+    def begin(self, sums: bytes) -> None:
+        """Hold the initial model and these sums."""
+        self.trainer.begin(sums)
+
     def evaluate(self) -> float:
         """Return the task's measure of the shared model as it is now."""
         return self.trainer.evaluate()

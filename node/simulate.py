@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from heapq import heappop, heappush
+from typing import Any
 from typing import Protocol as Contract
 
 from shoal.gossip import events as ev
@@ -30,6 +31,7 @@ from shoal.gossip.records import (
     Update,
 )
 from shoal.gossip.run import Held, Run
+from shoal.gossip.snapshot import Line, Snapshot
 from shoal.gossip.view import View
 
 LANE = (1 << 64) - 1
@@ -48,6 +50,8 @@ class Fault:
     group: frozenset[int] = frozenset()
     rate: float = 0.0
     keep: int = -1
+    donor: int = -1
+    lie: str = ""
 
     @staticmethod
     def crash(*, peer: int, at: float) -> "Fault":
@@ -60,9 +64,13 @@ class Fault:
         return Fault("restart", at, peer, keep=keep)
 
     @staticmethod
-    def start(*, peer: int, at: float) -> "Fault":
-        """A peer that joins late."""
-        return Fault("restart", at, peer)
+    def start(*, peer: int, at: float, donor: int = -1, lie: str = "") -> "Fault":
+        """A peer that joins late: with the log, or with a snapshot of the peer `donor`.
+
+        The donor may lie about the model ("model": its statement fits), the statement alone
+        ("fingerprint") or the updates that it has summed ("hashes").
+        """
+        return Fault("restart", at, peer, donor=donor, lie=lie)
 
     @staticmethod
     def freeze(*, peer: int, at: float, to: float) -> tuple["Fault", "Fault"]:
@@ -168,6 +176,14 @@ class SimWorker(Contract):
         """The turn's update is not published."""
         ...
 
+    def sums(self) -> Any:
+        """Return the model in short, for who begins with a snapshot."""
+        ...
+
+    def begin(self, sums: Any) -> None:
+        """Hold that model."""
+        ...
+
 
 @dataclass(slots=True)
 class FakeWorker:
@@ -213,6 +229,14 @@ class FakeWorker:
     def discard(self) -> None:
         """Keep nothing."""
 
+    def sums(self) -> Delta:
+        """Return the sum of all contributions."""
+        return self.value
+
+    def begin(self, sums: Delta) -> None:
+        """Hold this sum."""
+        self.value = sums
+
 
 def contribution(run: Run, update: Update, payload: bytes | None) -> Delta:
     """Return what an update adds to the fake model: a function of its bytes and the rules alone."""
@@ -250,6 +274,10 @@ class SimPeer:
     """Why nothing can be stored."""
     pulls: dict[Hash, int] = field(default_factory=dict)
     """How often each payload was transferred to us."""
+    snapshot: Snapshot | None = None
+    """What it began with in place of the log …"""
+    sums: Any = None
+    """… and the model there."""
 
 
 def fake_seal(statement: Statement) -> Record:
@@ -355,9 +383,13 @@ class Simulator:
         view.ring = sorted(view.alive)
         return view
 
-    def _boot(self, peer: SimPeer, *, first: bool = False, keep: int = -1) -> None:
+    def _boot(
+        self, peer: SimPeer, *, first: bool = False, keep: int = -1, donor: int = -1, lie: str = ""
+    ) -> None:
         if peer.up:
             return
+        if donor >= 0:
+            self._give_snapshot(self.peers[donor], peer, lie)
         if keep >= 0:
             peer.records = dict(list(peer.records.items())[:keep])
         own = [k.author.log for k in peer.records if k.author.peer == peer.id]
@@ -368,7 +400,8 @@ class Simulator:
             tuple(peer.proofs),
             dict(peer.admissions),
             records.get,
-            view=self._shared,
+            peer.snapshot,
+            self._shared,
         )
         peer.core = self._core(peer.index, peer.id, peer.log, held)
         peer.up, peer.frozen = True, None
@@ -386,9 +419,39 @@ class Simulator:
             other = others[0] if not self.now else self.rng.choice(others)
             self._connect(peer, ev.Connect(other.id, ()))
 
-    def _worker_up(self, peer: SimPeer) -> None:
+    def _give_snapshot(self, donor: SimPeer, peer: SimPeer, lie: str) -> None:
+        logs, sums = donor.core.frontier.logs, donor.worker.sums()
+        fingerprint = donor.worker.fingerprint()
+        if lie == "model":
+            sums = fingerprint = (sums[0] ^ 1, sums[1])
+        elif lie == "fingerprint":
+            fingerprint = (fingerprint[0] ^ 1, fingerprint[1])
+        peer.sums = sums
+        peer.snapshot = Snapshot(
+            donor.id,
+            tuple(
+                Line(
+                    author,
+                    count,
+                    digest(author.peer) if lie == "hashes" else logs[author].hash_at(count),
+                    logs[author].turn_at(count),
+                )
+                for author, count in sorted(donor.applied.items())
+                if count
+            ),
+            fingerprint,
+        )
+
+    def _begin(self, peer: SimPeer) -> None:
         peer.worker, peer.applied = self._make_worker(self, peer.index), {}
-        self._later(0.01, peer, ev.WorkerReady((), peer.worker.fingerprint()))
+        if peer.snapshot is not None:
+            peer.worker.begin(peer.sums)
+            peer.applied = dict(peer.snapshot.counts())
+
+    def _worker_up(self, peer: SimPeer) -> None:
+        self._begin(peer)
+        counts = tuple(sorted(peer.applied.items()))
+        self._later(0.01, peer, ev.WorkerReady(counts, peer.worker.fingerprint()))
 
     # ------------------------------------------------------------ the heap
 
@@ -457,6 +520,8 @@ class Simulator:
         match effect:
             case ev.Send(to, message):
                 self._send(peer, self._index[to], message)
+            case ev.DropSnapshot():
+                peer.snapshot = None
             case ev.Wake(at):
                 self._push(max(at, self.now), peer.index, ev.Tick(), peer.life)
             case ev.Connect():
@@ -567,7 +632,7 @@ class Simulator:
                 self._subtract(peer, author, first, last)
                 self._later(0.001, peer, self._state(peer, [], []))
             case ev.Rebuild():
-                peer.worker, peer.applied = self._make_worker(self, peer.index), {}
+                self._begin(peer)
                 applied = self._applied(peer, peer.core.frontier.counts())
                 self._later(0.1, peer, ev.Rebuilt(applied))
             case ev.Discard():
@@ -637,7 +702,7 @@ class Simulator:
             case "crash":
                 self._crash(peer)
             case "restart":
-                self._boot(peer, keep=fault.keep)
+                self._boot(peer, keep=fault.keep, donor=fault.donor, lie=fault.lie)
             case "freeze":
                 peer.frozen = []
             case "thaw":
@@ -716,7 +781,10 @@ class Simulator:
         )
 
     def expected_fingerprint(self, peer: SimPeer) -> Delta:
-        """Sum the contributions below this peer's frontier from its disk, by themselves."""
+        """Sum the contributions below this peer's frontier from its disk, by themselves.
+
+        The peer must have the whole log.
+        """
         a = b = 0
         for author, count in peer.core.frontier.counts():
             for n in range(1, count + 1):
