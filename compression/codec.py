@@ -90,7 +90,7 @@ class Combination:
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the whole vector, int32."""
-        whole = torch.zeros(self.size, dtype=torch.int32, device=device)
+        whole = parallel.zeros(self.size, torch.int32, device)
         perturbation.accumulate(whole, self.keys, self.coefficients)
         return whole
 

@@ -90,7 +90,7 @@ class Ledger:
                 found[batch[0]] = self._change(written(some[0], self.model.device), sign)
                 continue
             first = some[0]
-            total_D = torch.zeros(first.size, dtype=torch.int32, device=self.model.device)
+            total_D = parallel.zeros(first.size, torch.int32, self.model.device)
             lanes_N2 = perturbation.accumulate_each(
                 total_D,
                 torch.cat([update.keys for update in some]),

@@ -57,3 +57,11 @@ def test_empty_vectors_have_their_type_and_length(dtype: torch.dtype, count: int
     assert vector.shape == (count,)
     vector.fill_(3)
     assert int(vector.sum()) == 3 * count
+
+
+@pytest.mark.parametrize("count", [0, 1, 3_000_000])
+def test_zeros_are_zeros_of_their_own(count: int) -> None:
+    one, other = (parallel.zeros(count, torch.int32) for _ in range(2))
+    assert (one.dtype, one.shape, int(one.sum())) == (torch.int32, (count,), 0)
+    one.fill_(3)
+    assert int(other.sum()) == 0
