@@ -28,7 +28,7 @@ from shoal.node.identity import Identity, peer_text
 from shoal.node.transport import dial
 from shoal.node.transport.grpc import SERVICE, Transport
 from shoal.node.transport.handler import Buffer
-from shoal.node.transport.newcomer import fetch_genesis
+from shoal.node.transport.newcomer import fetch_genesis, fetch_snapshot
 from shoal.proto.v1 import gossip_pb2 as pb
 from shoal.proto.v1.gossip_pb2_grpc import GossipServiceStub
 
@@ -980,6 +980,23 @@ async def test_a_joiner_gets_the_genesis_and_its_run_id_is_checked() -> None:
         b.owner.genesis = lambda: bytes(2 << 20)  # type: ignore[method-assign]
         with pytest.raises(PeerError):
             await fetch_genesis(b.address, limits=LIMITS)
+
+
+@on_a_loop
+async def test_a_joiner_gets_a_snapshot_if_it_is_admitted() -> None:
+    secret = b"s" * 20
+    b, who = node(Admission(RUN, secret)), Identity.generate()
+    b.owner.sums = b"sums" * 1000
+    async with running(b):
+        for key, said in ((secret, None), (b"t" * 20, "not admitted")):
+            admission = Admission(RUN, key)
+            asked = fetch_snapshot(b.address, b.peer, admission, who, LIMITS)
+            if said is None:
+                assert await asked == b"sums" * 1000
+            else:
+                with pytest.raises(PeerError) as caught:
+                    await asked
+                assert caught.value.reason == said
 
 
 @on_a_loop

@@ -220,6 +220,8 @@ def test_random_bytes_raise_wire_errors_only(data: bytes) -> None:
         wire.decode_initial,
         wire.decode_genesis_request,
         wire.decode_genesis_response,
+        wire.decode_snapshot_request,
+        lambda data: wire.decode_snapshot(data, ME.peer),
         lambda body: parse.record(bytes(64) + body),
     ]
     for decode in decoders:

@@ -17,11 +17,15 @@ JOINED = """
 [run]
 name = "pool"
 seed = 4
-turns = 12
+turns = {turns}
 [task]
 name = "digits"
-[exchange]
-update = { kind = "scalar", directions = "pool", pool = 256, perturbations = 200, sampling = "pro" }
+[exchange.update]
+kind = "scalar"
+directions = "pool"
+perturbations = 200
+pool = {pool}
+sampling = "{sampling}"
 [swarm]
 min_peers = 3
 """
@@ -58,7 +62,7 @@ def test_a_shipped_run_ends_with_one_model_that_every_log_rebuilds(
 def test_who_joins_in_the_middle_holds_the_same_model(tmp_path: Path) -> None:
     """Seeds are drawn by what is in the ledger, so the joiner's history must be whole, too."""
     run = tmp_path / "run.toml"
-    run.write_text(JOINED)
+    run.write_text(JOINED.format(turns=12, pool=256, sampling="pro"))
     daemons = [Daemon(tmp_path / name) for name in "abc"]
     local = ("--listen", "127.0.0.1:0", "--threads", "1")
     a, b, c = daemons
@@ -74,6 +78,53 @@ def test_who_joins_in_the_middle_holds_the_same_model(tmp_path: Path) -> None:
         found = {status.fingerprint for d in daemons if (status := d.status()) is not None}
         assert len(found) == 1
         assert {replay(d.directory, Options()).fingerprint for d in daemons} == found
+    finally:
+        for daemon in daemons:
+            if daemon.process is not None and daemon.process.poll() is None:
+                daemon.process.kill()
+                daemon.process.wait(10)
+
+
+def test_who_joins_late_begins_with_the_sums_of_a_peer_that_stays_alone(tmp_path: Path) -> None:
+    """A joiner, killed and started again, outlives all that have the log, and gives its own."""
+    run = tmp_path / "run.toml"
+    run.write_text(JOINED.format(turns=30, pool=64, sampling="uniform"))
+    a, b, c, d, e = daemons = [Daemon(tmp_path / name) for name in "abcde"]
+    local = ("--listen", "127.0.0.1:0", "--threads", "1", "--libp2p", "off")
+    try:
+        a.start("start", str(run), "--dir", str(a.directory), *local)
+        address = a.wait("up", lambda s: s.join).join[0]
+        b.start("join", address, "--whole-log", "--dir", str(b.directory), *local)
+        a.wait("in the middle", lambda s: s.turn >= 6 and s.frontier.updates >= 10, 120)
+        c.start("join", address, "--dir", str(c.directory), *local)
+        d.start("join", address, "--whole-log", "--observe", "--dir", str(d.directory), *local)
+        c.wait("confirmed", lambda s: s.agrees, 120)
+        assert (c.directory / "snapshot").exists()
+        assert not (d.directory / "snapshot").exists()
+        c.kill()
+        c.start()
+        for daemon in (a, b, c):
+            daemon.wait("finished", lambda s: s.state is State.FINISHED, 180)
+        one = agree([a, b, c, d])
+        for daemon in (a, b, d):
+            assert daemon.stop() == 0
+        e.start(
+            "join",
+            c.wait("up", lambda s: s.join).join[0],
+            "--observe",
+            "--dir",
+            str(e.directory),
+            *local,
+        )
+        assert agree([c, e]) == one
+        again = {
+            x.directory.name: replay(x.directory, Options(shuffle=3, batch=7)) for x in daemons
+        }
+        assert {found.fingerprint for found in again.values()} == {one}
+        assert all(found.agrees for found in again.values())
+        whole = {name for name, found in again.items() if not found.summed}
+        assert whole == {"a", "b", "d"}
+        assert again["e"].summed == again["e"].updates > again["c"].summed > 0
     finally:
         for daemon in daemons:
             if daemon.process is not None and daemon.process.poll() is None:
