@@ -29,6 +29,8 @@ OPEN_FILES_LEAST = 256
 DISK_LEAST = 1 << 30
 DECODING = 0.1
 """Share of the worker's time that applying others' updates may take (design 3.3)."""
+QUORUM = 3
+"""Votes of which a single one is no half."""
 RECORD_BYTES = 512
 """A record with its frame, TLS and TCP headers: about so much beside each payload."""
 
@@ -342,6 +344,17 @@ def _run(about: Subject) -> tuple[list[Finding], Estimate | None]:
                 PROBLEM,
                 f"a ledger run has at most {Limits().ledger_members} members, not {peers}",
                 "use several smaller runs (mode = 'mixing' will be for more)",
+            )
+        )
+    if 0 < (quorum := found.get("quorum", 0)) < QUORUM:
+        findings.append(
+            Finding(
+                "run",
+                WARNING,
+                f"the turn rule's quorum is {quorum}: a single peer can move the model in turns "
+                "that the others have not reached",
+                "set swarm.min_peers to as many peers as there will be, or exchange.rule.quorum to "
+                f"{QUORUM} or more",
             )
         )
     if estimate.decoding > DECODING:

@@ -141,7 +141,9 @@ def run_here(
         began = time.monotonic()
         trainer.apply([update])
         applying.append(time.monotonic() - began)
+    rule = trainer.exchange.ledger.rule
     return {
+        "quorum": getattr(rule, "quorum", 0) if rule.along else 0,
         "parameters": founding.parameters,
         "kind": turned.kind,
         "payload": size,

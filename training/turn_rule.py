@@ -13,8 +13,10 @@ votes late, which it could have done from a fresh log as well.
 Where nobody waits for the others (`pace = "free"`), who comes first in a turn would decide it
 until the others come, and who publishes turns far ahead could decide many. So while fewer have
 voted than the rule's `quorum`, those that are missing count as votes for zero, and a few who come
-first move the model little or not at all. Peers that left for good are missed for ever: a swarm
-that has shrunk to half of a quorum stands still.
+first move the model little or not at all: those are fewer than half of it, or than the share that
+the rule cuts. More of them, and a quarter of `min_peers` may be enough, decide turns that nobody
+else has reached, until the others come; who expects so many asks for more votes. Peers that left
+for good are missed for ever: a swarm that has shrunk to half of a quorum stands still.
 
 What no rule can do. Against false identities nothing is gained: whoever is the majority of a
 turn's voters decides it, and `admission = "open"` lets anybody have many (Douceur, "The Sybil

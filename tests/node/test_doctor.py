@@ -29,6 +29,7 @@ TORCH = {
     "works": True,
 }
 TRIAL = {
+    "quorum": 0,
     "parameters": 1_000_000,
     "kind": "dense",
     "payload": 200_000,
@@ -242,6 +243,30 @@ def test_a_swarm_too_large_is_said(
     assert sum(f.state == WARNING for f in mine) == warnings
     assert estimate is not None
     assert estimate.peers == peers
+
+
+@pytest.mark.parametrize(("quorum", "warned"), [(0, False), (1, True), (2, True), (3, False)])
+def test_a_quorum_that_one_peer_decides_is_said(
+    answers: Answers, quorum: int, warned: bool
+) -> None:
+    answers["run"]["quorum"] = quorum
+    findings, _ = checkup.examine(checkup.subject(DIGITS, {"listen": "127.0.0.1:0"}, 4))
+    said = [f for f in findings if f.state == WARNING and "quorum" in f.text]
+    assert bool(said) == warned
+    assert all("set swarm.min_peers" in f.remedy for f in said)
+
+
+def test_the_trial_says_the_quorum_of_rules_that_have_votes() -> None:
+    tables = {
+        "run": {"name": "x", "turns": 9},
+        "task": {"name": "digits"},
+        "local": {"steps": 1, "batch": 2},
+        "exchange": {"update": {"kind": "scalar", "directions": "common"}},
+        "swarm": {"min_peers": 2},
+    }
+    for rule, quorum in (("median", 2), ({"name": "clip", "quorum": 5}, 5), ("clip_norm", 0)):
+        asked = {**tables, "exchange": {**tables["exchange"], "rule": rule}}
+        assert probe.run_here(asked, 2, "", "cpu", "")["quorum"] == quorum
 
 
 def test_a_run_that_cannot_be_trained_here_is_a_problem(
