@@ -91,8 +91,9 @@ def accumulate(total_D: Tensor, keys: Integers, coefficients: Integers, *, start
             loops.accumulate, len(total_D), total_D.numpy(), start, keys_K, change_K, base
         )
         return
+    there_K = _tensor(keys_K, total_D.device)
     for begin, part_D, some in _tiles(total_D, len(keys_K)):
-        z_GD = _masks(_tensor(keys_K[some], part_D.device), start + begin, len(part_D))
+        z_GD = _masks(there_K[some], start + begin, len(part_D))
         for z_D, a in zip(z_GD.bitwise_or_(1), a_K[some].tolist(), strict=True):
             part_D.add_(z_D, alpha=a)  # int32 wraps
 
@@ -154,8 +155,9 @@ def project(x_D: Tensor, keys: Integers, *, start: int = 0) -> Tensor:
         parts = parallel.ranges(loops.project, len(x_D), x_D.numpy(), start, keys_K)
         return torch.from_numpy(np.sum(parts, axis=0))
     found_K = torch.zeros(len(keys_K), dtype=torch.int64, device=x_D.device)
+    there_K = _tensor(keys_K, x_D.device)
     for begin, part_D, some in _tiles(x_D, len(keys_K)):
-        minus_GD = _masks(_tensor(keys_K[some], x_D.device), start + begin, len(part_D))
+        minus_GD = _masks(there_K[some], start + begin, len(part_D))
         minus_GD = minus_GD.bitwise_and_(part_D)  # Σ x·z = Σ x - 2 Σ x·bit
         found_K[some] += part_D.sum(dtype=torch.int64) - 2 * minus_GD.sum(1, dtype=torch.int64)
     return found_K
@@ -209,8 +211,9 @@ def perturb(x_D: Tensor, key: int, scale: float, *, start: int = 0) -> None:
         parallel.ranges(loops.perturb, len(x_D), x_D.numpy(), start, keys_1[0], step)
         return
     bits = int(step.view(np.int32))
+    there_1 = _tensor(keys_1, x_D.device)
     for begin, part_D in _slabs(x_D):
-        minus_D = _masks(_tensor(keys_1, x_D.device), start + begin, len(part_D))[0]
+        minus_D = _masks(there_1, start + begin, len(part_D))[0]
         # ±scale by its sign bit, so that adding is the only operation on floats.
         part_D += minus_D.bitwise_and_(_HIGH).bitwise_xor_(bits).view(torch.float32)
 
@@ -288,4 +291,6 @@ def _coefficients(coefficients: Integers) -> NDArray[np.int64]:
 
 
 def _tensor(keys_G: NDArray[np.uint64], device: torch.device | str) -> Tensor:
+    if len(keys_G) == 1:  # as an argument of a kernel: a copy would wait for what is computed there
+        return torch.full((1,), int(keys_G.view(np.int64)[0]), dtype=torch.int64, device=device)
     return torch.from_numpy(keys_G.view(np.int64)).to(device)

@@ -518,3 +518,19 @@ def test_cuda_gives_what_the_cpu_gives() -> None:
     assert torch.equal(there_x.cpu(), x)
     z = perturbation.signs(5, size, start=start, device="cuda")
     assert torch.equal(z.cpu(), perturbation.signs(5, size, start=start))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_step_along_one_direction_waits_for_nothing_that_is_computed_on_cuda() -> None:
+    """Else what comes to the device could not be gathered meanwhile (training/slot.py)."""
+    size = 2 * perturbation._SLAB_CUDA
+    x, total = torch.zeros(size, device="cuda"), integers(size).cuda()
+    perturbation.perturb(x, 5, 0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        perturbation.perturb(x, 2**64 - 1, 0.1)
+        perturbation.accumulate(total, [2**63], [3])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
