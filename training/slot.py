@@ -30,6 +30,10 @@ class Slot:
             self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._used: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Who had this memory before may still be at work with it, and who has it afterwards is
+            # to wait for the last bytes that come.
+            self.release()
+            self._bytes.record_stream(self._stream)
 
     def upload(self, unit: Unit, integers_D: Tensor) -> None:
         """Begin to bring a unit; what was here is overwritten when it is no longer in use."""
