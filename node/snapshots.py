@@ -95,6 +95,8 @@ async def ask(
         try:
             data = await fetch_snapshot(address, address.peer, admission, who, limits)
             snapshot, _ = wire.decode_snapshot(data, address.peer)
+            if len(snapshot.lines) > limits.logs:
+                raise PeerError("oversize", f"a snapshot of {len(snapshot.lines)} authors")
         except PeerError as error:
             log.warning("no snapshot", extra={"peer": peer_text(address.peer), "why": str(error)})
             continue

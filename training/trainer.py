@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -632,9 +632,23 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         safetensors.torch.save_file(plain, partial, metadata)
     except safetensors.SafetensorError as error:  # a full disk, for one
         raise OSError(errno.EIO, str(error)) from error
-    with open(partial, "rb") as file:
+    with open(partial, "r+b") as file:
+        _put_in_order(file)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _put_in_order(file: BinaryIO) -> None:
+    """Sort a safetensors header: equal models make equal files, where the library's order varies."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False)
+    if len(data := text.encode()) <= size:  # what pads the header is space
+        file.seek(8)
+        file.write(data.ljust(size))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

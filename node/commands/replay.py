@@ -84,9 +84,11 @@ def run(args: argparse.Namespace) -> int:
 def lines(result: "Result") -> Iterator[str]:
     """Yield the report, for people."""
     yield f"run       {result.name} {result.run}, {result.parameters} parameters"
+    first, last = result.turns
+    turns = f", turns {first} to {last}" if last else ""
     yield (
-        f"log       {result.updates} updates of {result.authors} authors, "
-        f"turns {result.turns[0]} to {result.turns[1]}; {_size(result.log_bytes)} in "
+        f"log       {result.updates} updates of {result.authors} authors{turns}; "
+        f"{_size(result.log_bytes)} in "
         f"{result.segments} {'file' if result.segments == 1 else 'files'}, "
         f"{_size(result.payload_bytes)} of them payloads"
     )

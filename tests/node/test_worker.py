@@ -1,6 +1,7 @@
 """The worker: what is asked of it, what it keeps over a crash, what it says when it fails."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -353,6 +354,22 @@ def test_a_disk_that_takes_no_checkpoint_stops_nothing(
     take_turn(w, 2)
     assert isinstance(ask(w, pipe.Save()), pipe.Ready)
     take_turn(w, 3)
+
+
+def test_equal_models_make_equal_files(founded: pipe.Founded, tmp_path: Path) -> None:
+    """So that people can compare what two peers exported by its checksum."""
+    w, _ = opened(founded, tmp_path)
+    told = {name: name * 9 for name in "zyxwvutsrqponmlkjihgfedcba"}
+    written = []
+    for order in (told, dict(reversed(told.items()))):
+        ask(w, pipe.Export(str(tmp_path / "model"), order))
+        written.append((tmp_path / "model").read_bytes())
+        with safetensors.safe_open(tmp_path / "model", framework="pt") as file:
+            assert file.metadata() == told
+    assert written[0] == written[1]
+    size = int.from_bytes(written[0][:8], "little")
+    names = list(json.loads(written[0][8 : 8 + size])["__metadata__"])
+    assert names == sorted(told)
 
 
 def test_the_export_is_the_model_with_the_metadata_given(

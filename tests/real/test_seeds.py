@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.daemons import Daemon, agree
 
+from shoal.node import cli
 from shoal.node.replay import Options, replay
 from shoal.node.status import State
 
@@ -125,6 +126,11 @@ def test_who_joins_late_begins_with_the_sums_of_a_peer_that_stays_alone(tmp_path
         whole = {name for name, found in again.items() if not found.summed}
         assert whole == {"a", "b", "d"}
         assert again["e"].summed == again["e"].updates > again["c"].summed > 0
+        assert c.stop() == e.stop() == 0
+        models = [tmp_path / f"{x.directory.name}.safetensors" for x in (c, d, e)]
+        for daemon, model in zip((c, d, e), models, strict=True):
+            assert cli.main(["export", str(model), str(daemon.directory)]) == 0
+        assert len({model.read_bytes() for model in models}) == 1
     finally:
         for daemon in daemons:
             if daemon.process is not None and daemon.process.poll() is None:
