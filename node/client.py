@@ -114,10 +114,20 @@ def _holds_a_run(directory: Path) -> bool:
 
 def connect(directory: Path) -> Client:
     """Return a client of the daemon that runs in `directory`."""
-    client = connect_if_running(directory)
-    if client is None:
-        raise ConfigError(f"no daemon runs in {directory}; start it: shoal start {directory}")
-    return client
+    client = from_file(directory)
+    try:
+        if client is not None:
+            client.status()
+            return client
+    except UnreachableError as error:
+        if isinstance(error.__cause__, TimeoutError):
+            raise ConfigError(
+                f"the daemon in {directory} gives no answer in {TIMEOUT:g} s: it is stopped "
+                f"(kill -CONT) or stuck; its pid is in {directory}/status.json"
+            ) from error
+    except msgspec.DecodeError:
+        pass  # whoever answers there is no daemon
+    raise ConfigError(f"no daemon runs in {directory}; start it: shoal start {directory}")
 
 
 def connect_if_running(directory: Path) -> Client | None:

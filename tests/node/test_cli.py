@@ -1,6 +1,7 @@
 """The command line as a person meets it: quick help, one clear line for every mistake."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_a_damaged_address_file_is_named(tmp_path: Path, content: object) -> Non
     run = run_at(tmp_path / "damaged", content)
     with pytest.raises(ConfigError, match=r"status\.json is damaged"):
         client.connect(run)
+
+
+def test_a_daemon_that_is_frozen_is_not_said_to_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_at(tmp_path / "frozen")
+    monkeypatch.setattr(client, "TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = {"host": "127.0.0.1", "port": silent.getsockname()[1], "pid": 1}
+        (run / "status.json").write_text(json.dumps(address))
+        with pytest.raises(ConfigError, match=r"no answer in 0\.1 s.*status\.json"):
+            client.connect(run)
 
 
 def test_a_line_of_the_log_names_an_events_numbers_as_events_does(
