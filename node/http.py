@@ -48,7 +48,7 @@ class Watched(Protocol):
         """Train again."""
 
     async def leave(self) -> None:
-        """Say good-bye for good, then stop."""
+        """Say good-bye, then stop."""
 
     async def export(self, path: Path) -> None:
         """Write the shared model to `path`; raises ConfigError or OSError."""
@@ -305,7 +305,7 @@ def openapi() -> dict[str, Any]:
     for call, summary in (
         ("pause", "Stop training, go on serving"),
         ("resume", "Train again"),
-        ("leave", "Leave the swarm for good"),
+        ("leave", "Say good-bye and stop"),
         ("export", "Write the shared model as safetensors to an absolute path"),
     ):
         operation = _operation("post", summary, "application/json", done)

@@ -1,4 +1,4 @@
-"""`shoal leave`: say good-bye for good."""
+"""`shoal leave`: say good-bye and stop the daemon."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from shoal.node import flags
 
 def register(subparsers: flags.Subparsers) -> None:
     """Add the command."""
-    summary = "Leave the swarm for good: say good-bye and stop the daemon."
+    summary = "Say good-bye and stop the daemon, as Ctrl-C does; `shoal start DIR` brings it back."
     flags.add_directory(flags.command(subparsers, "leave", summary, run))
 
 
