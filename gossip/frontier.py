@@ -3,6 +3,8 @@
 The *frontier* counts, for each author, the updates held without a hole. `frontier_hash` stands for
 all of it: BLAKE2b-256 over the lines `peer ‖ log ‖ count ‖ closed ‖ running hash` (log as u64,
 counts as u32, big endian) of all authors in order; lines without updates and closing are left out.
+Where a log began with a snapshot, nothing is known of the updates that it stands for but how many
+they are, their running hash and their largest turn.
 """
 
 import struct

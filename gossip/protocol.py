@@ -7,6 +7,7 @@
     arrivals.py        payloads, storing             neighbours.py      which links should be open
     turns.py           what the worker does next     agreement.py       are our models the same?
     pacing.py          may the next turn start?      score.py           who misbehaves?
+    snapshot.py        what a joiner may begin with in place of the log
 
 A record comes in through `_take`, whoever sent it and by whatever message; an update is held once
 it is `Stored`, and only then passed on.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from shoal.node import pipe
+from shoal.node.genesis import another_model
 from shoal.node.pipe import PipeError
 from shoal.training import merkle
 from shoal.training.exchange import Arrived
@@ -100,12 +101,7 @@ class Duties:
             given = None
         trainer = self._build(request.setup, given)
         if (trainer.parameters, trainer.layout) != (request.parameters, request.layout):
-            raise RunError(
-                f"the task builds another model here ({trainer.parameters} parameters) than the "
-                f"run's ({request.parameters}): install the version of Shoal and of the task "
-                "that the founder uses, and start from the founder's model if --base names one "
-                "(the whole folder: another tokenizer or config.json makes another model)"
-            )
+            raise RunError(another_model(trainer.parameters, request.parameters))
         integers = trainer.initial_bytes()
         if merkle.root_of(integers) != request.initial_root:
             self._trainer = None

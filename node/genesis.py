@@ -195,3 +195,18 @@ def _check(message: Message, limits: Limits, where: str) -> None:
 
 def _big_endian(number: int) -> bytes:
     return number.to_bytes((number.bit_length() + 7) // 8, "big")
+
+
+def another_model(found: int, wanted: int) -> str:
+    """Return what to say when the task builds a model here that is not laid out as the run's.
+
+    `found` and `wanted` are numbers of parameters.
+    """
+    differs = "with other shapes or another frozen part"
+    if found != wanted:
+        differs = f"of {found} parameters, where the run's has {wanted}"
+    return (
+        f"the task builds another model here, {differs}: install the version of Shoal and of the "
+        "task that the founder uses, and start from the founder's model if --base names one (the "
+        "whole folder: another tokenizer or config.json makes another model)"
+    )

@@ -15,7 +15,7 @@ from shoal.gossip.snapshot import Snapshot
 from shoal.node import snapshots
 from shoal.node.config import NodeConfig
 from shoal.node.errors import ConfigError
-from shoal.node.genesis import Genesis
+from shoal.node.genesis import Genesis, another_model
 from shoal.node.home import Home
 from shoal.node.store import Store
 from shoal.node.wire import Wire
@@ -108,12 +108,7 @@ def make_trainer(
     except RunError as error:
         raise ConfigError(str(error)) from error
     if (trainer.parameters, trainer.layout) != (genesis.parameters, genesis.layout):
-        raise ConfigError(
-            f"the task builds another model here ({trainer.parameters} parameters) than the run's "
-            f"({genesis.parameters}): install the version of Shoal and of the task that the "
-            "founder uses, and start from the founder's model if --base names one (the whole "
-            "folder: another tokenizer or config.json makes another model)"
-        )
+        raise ConfigError(another_model(trainer.parameters, genesis.parameters))
     if not genesis.is_initial(trainer.initial_bytes()):
         raise ConfigError(
             f"this machine makes another initial model than the run's and {home.initial} is not "

@@ -387,7 +387,8 @@ class _Rebuilding:
             result.compared.append(claim if isinstance(claim, Compared) else self._check(claim))
         compared = [each.updates for each in result.compared if each.agrees is not None]
         if compared and (rest := result.updates - max(compared)) > 0:
-            result.notes.append(f"the last {rest} updates are in nobody's model to compare with")
+            what = "update is" if rest == 1 else f"{rest} updates are"
+            result.notes.append(f"the last {what} in nobody's model to compare with")
         self._move(dict(self._log.frontier.counts()))
         seconds = time.perf_counter() - started
         if trainer.recompute() != trainer.fingerprint():

@@ -48,8 +48,11 @@ class Plane:
         """Say whether the steps of a turn may be as many as fit its time."""
         return isinstance(self.author, FeedbackSettings)
 
-    def sized(self, parameters: int, quantum_bits: int, peers: int) -> "Plane":
-        """Return the plane with a learning rate for a model of this size, if it has none."""
+    def sized(self, parameters: int, quantum_bits: int, peers: float) -> "Plane":
+        """Return the plane with a learning rate for a model of this size, if it has none.
+
+        `peers` publish in a turn, on average.
+        """
         if not isinstance(self.author, WalkSettings) or self.author.lr:
             return self
         author = replace(self.author, lr=RATE / parameters)
@@ -88,7 +91,7 @@ class RunSpec:
 
     def sized(self, parameters: int) -> "RunSpec":
         """Return the spec with what follows from the model's size; raises SettingError."""
-        bits, peers = self.exchange.quantum_bits, self.swarm.min_peers
+        bits, peers = self.exchange.quantum_bits, _publishing(self.exchange, self.swarm.min_peers)
         return replace(self, planes=tuple(p.sized(parameters, bits, peers) for p in self.planes))
 
     def filled(self) -> dict[str, dict[str, Any]]:
@@ -244,15 +247,21 @@ def _plane(given: Any, exchange: tables.Exchange, peers: int, where: str, *, las
                 f"kind = {name!r} steps along directions of the whole model: leave fragments out"
             )
         if made.lr and "exponent" not in given:
-            part = _with_steps(Part(name, options), made, exchange.quantum_bits, peers, where)
+            drawn = _publishing(exchange, peers)
+            part = _with_steps(Part(name, options), made, exchange.quantum_bits, drawn, where)
             options = part.options
         if not made.lr and "exponent" in given:
             raise SettingError(f"{where}.exponent belongs to a rate: give lr as well")
     return Plane(Part(name, options), made, every)
 
 
+def _publishing(exchange: tables.Exchange, peers: int) -> float:
+    """Return how many of so many peers publish in a turn, on average; at least one."""
+    return max(1.0, peers * exchange.participation)
+
+
 def _with_steps(
-    update: Part, author: WalkSettings, quantum_bits: int, peers: int, where: str
+    update: Part, author: WalkSettings, quantum_bits: int, peers: float, where: str
 ) -> Part:
     """Return the update with the exponent that its author's rate asks for."""
     options = {**update.options, "exponent": author.exponent(quantum_bits, peers)}

@@ -245,14 +245,17 @@ class Trainer:
         `members` is N_w of design 3.2: the update is weighted by staleness(lag) / members, where
         `lag` says how many turns the others make beyond one while this peer makes one. Without
         `publish` (the peer is not drawn) what was learnt goes into its next update, so that w has
-        no participation in it; steps along directions cannot, and are not taken. Raises
-        TrainingError when the turn shows that training cannot go on.
+        no participation in it; steps along directions cannot, and are not taken: those of the peers
+        that are drawn weigh more instead. Raises TrainingError when the turn shows that training
+        cannot go on.
         """
         spec = self._spec
         every = spec.local.evaluate_every
         measure = every and (turn - 1) % every == 0
         weight = spec.exchange.staleness.factor(self._behind(lag)) / members
         plan = self._plan(turn, weight, publish=publish)
+        if not plan.method.carries:
+            plan = replace(plan, weight=min(1.0, weight / spec.exchange.participation))
         try:
             turned = self._learner.turn(
                 self.exchange, plan, self._measure_quickly if measure else lambda: NAN
@@ -640,7 +643,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def _put_in_order(file: BinaryIO) -> None:
-    """Sort a safetensors header: equal models make equal files, where the library's order varies."""
+    """Sort a safetensors header, whose order varies: equal models make equal files."""
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(size))
     if "__metadata__" in header:

@@ -50,9 +50,10 @@ class WalkSettings:
         if not 0 < self.reach <= LARGE:
             raise ValueError(f"reach = {self.reach} must be above 0, and at most {LARGE:g}")
 
-    def exponent(self, quantum_bits: int, peers: int) -> int:
+    def exponent(self, quantum_bits: int, peers: float) -> int:
         """Return e such that 127 · 2^e quanta are a peer's step for a slope of `reach`.
 
+        `peers` publish in a turn, on average.
         Raises SettingError when a step is too small for the ledger.
         """
         quanta = self.lr * self.reach / peers * 2.0**quantum_bits

@@ -141,7 +141,7 @@ def test_initial_integers_that_differ_are_asked_for_and_then_used(
 
 def test_another_model_than_the_runs_is_refused(founded: pipe.Founded, tmp_path: Path) -> None:
     wider = {**founded.run, "task": {**founded.run["task"], "width": 9}}
-    with pytest.raises(RunError, match=r"another model here \(.*install the version"):
+    with pytest.raises(RunError, match=r"another model here, .*install the version"):
         ask(Duties(), opening(founded, tmp_path, setup=setup(wider)))
 
 

@@ -468,6 +468,18 @@ def test_who_is_not_drawn_takes_no_step_that_nobody_would_hold(
     assert len(asked) == 8
 
 
+def test_the_fewer_are_drawn_the_farther_they_step() -> None:
+    """What the two of eight say in a turn of their own weighs as much as the word of all eight."""
+    peers = [
+        trainer(run=changed(exchange={"participation": share}, swarm={"min_peers": 8}))
+        for share in (1.0, 0.25)
+    ]
+    all_of_them, some = peers
+    assert all_of_them.turn(1, 8).payload == some.turn(1, 8).payload
+    exponents = [one.exchange.rules.planes[0].fragments[0].codec.exponent for one in peers]
+    assert exponents[1] == exponents[0] + 2 > 2
+
+
 def test_gradients_go_on_in_a_turn_that_publishes_nothing_and_scalars_beside_them_do_not() -> None:
     update = [{"kind": "dense", "every": 2}, {"kind": "scalar", "perturbations": 8}]
     one = trainer(run=changed(local={"steps": 3}, exchange={"update": update}))
