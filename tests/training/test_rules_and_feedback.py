@@ -45,6 +45,7 @@ def test_a_lawful_update_counts() -> None:
         (1, "dense", 10**6, None, "at most"),
         (1, "dense", 10, None, "missing"),
         (1, "dense", 10, b"short", "record says"),
+        (1, "dense", 4, b"longer", "record says"),
         (1, "dense", 5, b"\x07aaaa", "form 7"),
     ],
 )

@@ -613,6 +613,8 @@ def test_payloads_come_back_from_memory_and_from_the_file(
         kept.keep(updates[-1])
     for update in rng.sample(updates, 30):
         assert kept.recall(update.key) == update
+    in_memory = [update.size for start, update in kept._places.values() if start < 0]
+    assert 0 < sum(in_memory) <= 100
     assert list(tmp_path.iterdir()) == [], "the file has no name"
     kept.clear()
     kept.keep(updates[5])
