@@ -186,6 +186,41 @@ def test_shared_frozen_nested_and_half_precise() -> None:
     assert pair.offloaded.value(pair.twin.shift) is pair.twin.shift
 
 
+class Named(nn.Module):
+    """A model that hands weights on by name, of a block that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.blocks
+        x = F.linear(first(x), weight=second.weight, bias=second.bias)
+        return torch.cat(tensors=[third(x), second.weight])
+
+
+def test_a_weight_that_is_handed_on_by_name_is_noticed() -> None:
+    Pair(Named()).check(torch.ones(2, 3))
+
+
+class Mixed(nn.Module):
+    """A block with frozen weights of odd lengths and several precisions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learnt = nn.Parameter(torch.ones(5))
+        self.narrow = nn.Parameter(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
+        self.frozen = nn.Parameter(torch.arange(5.0), requires_grad=False)
+        self.wide = nn.Parameter(torch.ones(1, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.learnt + self.narrow.sum() * self.frozen + self.wide.float()
+
+
+def test_frozen_weights_of_any_precision_lie_where_they_can_be_read() -> None:
+    Pair(nn.Sequential(Mixed(), Mixed())).check(torch.ones(5))
+
+
 class Recalls(nn.Module):
     """A model that calls others in an order of its own, perhaps another on each side."""
 
@@ -329,6 +364,14 @@ def test_a_module_may_run_its_parts_in_threads_of_its_own() -> None:
             return result
 
     Pair(Threads()).check(torch.ones(2, 3))
+
+
+def test_blocks_are_those_of_the_largest_list() -> None:
+    model = nn.Module()
+    model.few = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    model.many = nn.ModuleList(nn.Sequential(nn.Linear(5, 5)) for _ in range(2))
+    names = [unit.name for unit in divide(model, Parameters(model))]
+    assert names == ["few.0.0", "few.1.0", "few.2.0", "many.0", "many.1"]
 
 
 # ---- how much comes, and when

@@ -140,6 +140,14 @@ def test_a_preset_says_what_one_kind_is() -> None:
         spec([SPARSE, SCALAR], preset="mezo")
 
 
+def test_in_lockstep_every_plane_has_a_fixed_number_of_steps() -> None:
+    planes = [{"kind": "sparse", "every": 2}, SCALAR]
+    assert "steps" not in RUN.get("local", {})
+    with pytest.raises(RunError, match=r"'lockstep' needs a fixed local\.steps"):
+        spec(planes, pace="lockstep")
+    assert spec(SCALAR, pace="lockstep").planes
+
+
 def test_directions_of_the_whole_model_have_no_fragments() -> None:
     with pytest.raises(RunError, match="leave fragments out"):
         spec(SCALAR, fragments=2)

@@ -344,6 +344,9 @@ def test_one_peer_has_one_vote_a_turn_that_of_the_smallest_log_and_number(
     many.take_in(1, honest)
     many.take_in(1, {(liar, 5, 2): scalars(1, [7, 7])})
     assert torch.equal(one.model, many.model)
+    # What is in stays as it came.
+    assert many.take_in(1, {(liar, 5, 2): scalars(1, [-9, 9])}) == (0, 0)
+    assert torch.equal(one.model, many.model)
     # In another turn it has another vote, if that turn has a quorum.
     moved = many.add((liar, 5, 1), 2, scalars(2, [3])) != (0, 0)
     assert moved == ("quorum" not in rule)
@@ -586,8 +589,9 @@ def test_a_run_file_carries_its_rule_filled_in() -> None:
         [{"kind": "scalar", "directions": "own", "lr": 0.01}],
         [{"kind": "scalar", "directions": "pool", "lr": 0.01}],
         [{"kind": "sparse", "every": 10}, COMMON],
+        [{**COMMON, "every": 2}, {"kind": "dense"}],
     ],
-    ids=["sparse", "dense", "own", "pool", "planes"],
+    ids=["sparse", "dense", "own", "pool", "planes", "a later plane"],
 )
 def test_rules_along_directions_need_directions_in_common(
     rule: Any, updates: list[dict[str, Any]]
@@ -621,6 +625,12 @@ def test_payloads_come_back_from_memory_and_from_the_file(
     assert kept.recall(updates[5].key) == updates[5]
     with pytest.raises(KeyError):
         kept.recall(updates[6].key)
+
+
+def test_vectors_are_not_compared_along_directions() -> None:
+    vector = Decoded(SIZE, torch.ones(SIZE, dtype=torch.int32))
+    with pytest.raises(TypeError, match="not along directions"):
+        turn_rule.make("median").total([scalars(1, [1]), vector])
 
 
 def test_a_disk_that_takes_nothing_leaves_them_in_memory(

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import seeds
-from support.walks import BITS, Point, Rig, Valley
+from support.walks import BITS, PEER, Point, Rig, Valley
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.compression import perturbation
+from shoal.compression.codec import Combination
 from shoal.training import parameters
 from shoal.training.exchange import Arrived
 from shoal.training.lesson import Steps
@@ -256,6 +259,22 @@ def test_a_skipped_step_does_not_move_the_walk() -> None:
     walked = sizes(Rig(Holes({0: math.nan}), Point(x), settings=MOVING, perturbations=2).learn())
     one = Rig(Valley(), Point(x), settings=STILL, perturbations=2)
     assert walked[1] == pytest.approx(sizes(one.learn())[1], abs=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 10**5), st.integers(1, 6))
+def test_steps_are_shortened_until_the_clip_lets_them_count(most: int, count: int) -> None:
+    """100 quanta each, by three tenths at a time: what is left is 70 % of what may be, or more."""
+    one = Rig(Valley(), Point([1.0, 2.0, 3.0]), exponent=0, perturbations=8)
+    rules = replace(one.exchange.rules, clip=Fraction(1), initial_squares=3 * most)
+    one.exchange.rules = rules
+    steps = Steps(torch.arange(count), torch.full((count,), 100 * 2.0**-BITS).double())
+    payload = one.exchange.publish_steps(steps, 1.0, turn=1, key=7)
+    found = rules.judge(1, "scalar", len(payload), payload, author=PEER)
+    assert isinstance(found, Combination)
+    said = found.coefficients.tolist()
+    assert sum(a * a for a in said) <= most
+    assert min(said) >= math.floor(min(100, 0.7 * (math.sqrt(most / count) - 1)))
 
 
 # ---- weights from integers
