@@ -490,6 +490,10 @@ def full_folder(folder: Path) -> Path:
         ("[1", "does not say of which run it is"),
         ("[1]", "does not say of which run it is"),
         ('{"run": {"name": "x"}, "task": {"name": "text"}}', "is of task text"),
+        (
+            '{"run": {"name": "x"}, "task": {"name": "hf-causal-lm", "context": 32}}',
+            "is of another model",
+        ),
     ],
 )
 def test_a_file_that_is_no_export_is_refused(
