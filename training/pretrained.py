@@ -325,12 +325,13 @@ def _unpickled() -> Iterator[None]:
     def refuse(file: Any, *args: Any, **options: Any) -> NoReturn:
         raise _PickleError(Path(str(file)).name)
 
-    before = torch.load
-    torch.load = refuse
+    library: Any = torch
+    before = library.load
+    library.load = refuse
     try:
         yield
     finally:
-        torch.load = before
+        library.load = before
 
 
 @contextlib.contextmanager
