@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -51,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if action.choices:
                 known += [str(choice) for choice in action.choices]
-        for word in message.replace("'", " ").replace(",", " ").split():
+        for word in re.sub(r"[',:]", " ", message).split():
             near = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.7)
             if near and near[0] != word and word not in known:
                 return f" (did you mean {near[0]}?)"

@@ -78,6 +78,12 @@ def test_an_error_of_many_lines_is_told_in_one(
     assert refused(capsys, "status") == "shoal: first second\n"
 
 
+def test_a_flag_that_is_right_is_not_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "replay", "x", "--shuffle", "often")
+    assert "--shuffle" in said
+    assert "did you mean" not in said
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
