@@ -82,6 +82,13 @@ class Log:
         """The largest turn so far; 0 before the first update."""
         return self.turn_at(self.count)
 
+    @property
+    def signed(self) -> int:
+        """The largest turn of those that no snapshot stands for; 0 without such."""
+        if len(self.back) < len(self._turns):
+            return self._turns[-1]
+        return max(self.back.values(), default=0)
+
     def start(self, line: Line) -> None:
         """Begin an empty log with what a snapshot stands for."""
         self.summed, self._start = line.count, (line.hash, line.turn)
@@ -268,15 +275,18 @@ class Frontier:
             self._log(each.author).start(each)
         self._changed()
 
-    def forget_summed(self) -> list[tuple[Author, int]]:
-        """Hold nothing of the logs that began with a snapshot; return what their counts were."""
+    def forget_summed(self) -> list[tuple[Author, int, int]]:
+        """Hold nothing of the logs that began with a snapshot.
+
+        Return of each what the snapshot stood for, and the last number that was held.
+        """
         found = [(author, log) for author, log in self.logs.items() if log.summed]
         for author, log in found:
             fresh = self.logs[author] = Log()
             fresh.closed = log.closed
             self._unordered -= len(log.above)
         self._changed()
-        return [(author, log.count) for author, log in found]
+        return [(a, log.summed, max(log.above, default=log.count)) for a, log in found]
 
     def add(self, update: Update, record: Hash) -> Taken:
         """Take an update in, or keep it above a hole."""

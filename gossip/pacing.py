@@ -134,12 +134,13 @@ class Lockstep:
         return counts
 
 
-def latest_turns(frontier: Frontier) -> dict[PeerId, int]:
-    """Return the largest turn of each peer's updates."""
+def latest_turns(frontier: Frontier, *, signed: bool = False) -> dict[PeerId, int]:
+    """Return the largest turn of each peer's updates; `signed`: of those that we hold ourselves."""
     latest: dict[PeerId, int] = {}
     for author in frontier.authors():
-        if (log := frontier.logs[author]).count:
-            latest[author.peer] = max(latest.get(author.peer, 0), log.latest)
+        log = frontier.logs[author]
+        if turn := log.signed if signed else log.latest:
+            latest[author.peer] = max(latest.get(author.peer, 0), turn)
     return latest
 
 

@@ -102,6 +102,8 @@ REBUILD_INTERVAL = 600.0
 """Seconds between rebuilds that others' statements make us do: no liar shall keep us at it."""
 STATEMENTS = (2.0, 20.0)
 """Statements of progress heard of one peer: in a second, and at once."""
+HEARING = 1.5
+"""Statements of progress (as many of each peer) before a snapshot that some speak against goes."""
 UNKNOWN_LOGS = 512
 """Logs in such a statement beyond twice those that we know of: what is longer cannot be used."""
 COMPARERS = 64
@@ -311,6 +313,8 @@ class Protocol:
         self.timers.set("repair", now + rng.random() * limits.repair_interval)
         self.timers.set("topology", now + rng.random() * limits.topology_interval)
         self.timers.set("progress", now + self._progress_interval() * (0.5 + rng.random()))
+        if self.footing.snapshot is not None:
+            self.timers.set("footing", now + limits.repair_interval)
         if alone:
             self._begin()
         else:
@@ -326,6 +330,10 @@ class Protocol:
         published = self.frontier.count(self.turns.author) > 0
         return published or self.footing.firm(set(self._established()))
 
+    def steady(self) -> bool:
+        """Say whether our model is one to tell others of, as far as we know."""
+        return self._firm() and not self.turns.rebuilding()
+
     def _established(self) -> Iterator[PeerId]:
         """Yield the others whose models do not themselves stand on a word not yet confirmed."""
         standing = self.membership.standing_of
@@ -334,12 +342,15 @@ class Protocol:
     def _begin(self) -> None:
         self.joined = True
         self.timers.cancel("patience")
-        latest = pacing.latest_turns(self.frontier)
+        latest = pacing.latest_turns(self.frontier, signed=True)
+        # Of what turns a snapshot's updates are is the donor's word alone: nothing confirms it.
+        told = pacing.latest_turns(self.frontier)
         own = latest.pop(self.me, 0)
         stated, newcomers = [], 0
         for peer in self.membership.others():
             said = self.agreement.statements.get(peer)
-            if turn := max(latest.get(peer, 0), said.report.turn if said else 0):
+            last = said.report.turn if said else told.get(peer, 0)
+            if turn := max(latest.get(peer, 0), last):
                 stated.append(min(turn, self.run.turns or MOST_TURN))
             elif self.membership.standing_of(peer) in (Standing.JOINING, Standing.TRAINING):
                 newcomers += 1
@@ -350,9 +361,9 @@ class Protocol:
         self.membership.stand(self._standing())
 
     def _lose_patience(self, now: float) -> None:
-        if self.repair.rounds and now < self._started + CATCH_UP_PATIENCE * (
-            self.limits.join_patience
-        ):
+        enough = now >= self._started + CATCH_UP_PATIENCE * self.limits.join_patience
+        # Who can't have what all others build on would only pull them back to the beginning.
+        if self.repair.out_of_reach() or (self.repair.rounds and not enough):
             self.timers.set("patience", now + self.limits.join_patience)
             return
         if self.frontier.count(self.turns.author):
@@ -381,6 +392,8 @@ class Protocol:
                     self._find_sources(Hash(whom), now)
                 case "refuse":
                     self.neighbours.refuse(PeerId(whom))
+                case "footing":
+                    self._review_footing(now)
                 case "shun":
                     self.out.add(Disconnect(PeerId(whom), "equivocation", self.limits.ban))
                 case _:
@@ -768,7 +781,7 @@ class Protocol:
 
     def _state_progress(self, now: float) -> None:
         self.timers.set("progress", now + self._progress_interval() * (0.9 + self.rng.random() / 5))
-        if not self._firm():
+        if not self.steady():
             return  # others would take us for a liar, when it is our donor that is one
         told = self.agreement.tell(self._over())
         if told is None or (at := self.frontier.hash_at(dict(told[0]))) is None:
@@ -800,6 +813,8 @@ class Protocol:
 
     def _check(self) -> None:
         """Compare fingerprints; who disagrees after a rebuild of our own means: diverged."""
+        if self.turns.rebuilding():
+            return  # this model is as good as gone
         wrong, agreement = self.agreement.check(self.rows), self.agreement
         if self.footing.snapshot is not None:
             heard = {p: agreement.verdicts.get(p) for p in self._established()}
@@ -825,10 +840,12 @@ class Protocol:
 
     def _compare_with_snapshot(self, event: WorkerReady) -> None:
         """Let the donor be held to the fingerprint that it stated."""
-        snapshot = self.footing.snapshot
-        if snapshot is None or event.frontier != snapshot.counts():
+        snapshot, held = self.footing.snapshot, dict(event.frontier)
+        if snapshot is None:
             return
-        if event.fingerprint != snapshot.fingerprint:
+        if any(held.get(line.author, 0) < line.count for line in snapshot.lines):
+            self._drop_snapshot("the worker can't use it")
+        elif event.frontier == snapshot.counts() and event.fingerprint != snapshot.fingerprint:
             self._drop_snapshot("it has another fingerprint than its donor says")
 
     def _dispute(self, peer: PeerId) -> None:
@@ -836,8 +853,26 @@ class Protocol:
         self._look_at_footing()
 
     def _look_at_footing(self) -> None:
-        if self.footing.refuted():
+        """Let others speak, too, before the first word against the snapshot counts."""
+        if (since := self.footing.doubted(self._now)) is None:
+            return
+        end = since + self._progress_interval() * HEARING
+        if self._now >= end:
             self._drop_snapshot("others hold another model")
+        else:
+            self.timers.hurry("footing", end)
+
+    def _review_footing(self, now: float) -> None:
+        """Look who lacks, for long, what the snapshot stands for."""
+        if (snapshot := self.footing.snapshot) is None:
+            return
+        self.timers.set("footing", now + self.limits.repair_interval)
+        witnesses = [p for p in self._established() if p != snapshot.donor]
+        standing = self.membership.standing_of
+        # The disk of who is degraded may be full.
+        able = (p for p in witnesses if standing(p) is not Standing.DEGRADED)
+        self.footing.lacking([p for p in able if self.repair.lacks(p, snapshot.lines)], now)
+        self._look_at_footing()
 
     def _drop_snapshot(self, why: str) -> None:
         """Stand on the log alone: what of it is above the snapshot stays, the rest is fetched."""
@@ -847,10 +882,12 @@ class Protocol:
         self.out.happened("snapshot-dropped", snapshot.donor, why=why)
         self.footing.lose()
         self.out.add(DropSnapshot())
-        for author, count in self.frontier.forget_summed():
-            self._recall_all(author, 1, count)
+        # What came of its updates was known and not kept: now it is wanted.
+        self.dissemination.forget_all()
+        for author, summed, last in self.frontier.forget_summed():
+            self._recall_all(author, summed + 1, last)
         self.repair.begin_again()
-        self.turns.rebuild, self.joined = True, False
+        self.turns.rebuild, self.joined, self.turns.next = True, False, 0
         self._started = self._now
         self.timers.set("patience", self._now + self.limits.join_patience)
 
@@ -952,6 +989,10 @@ class Protocol:
     def lag(self) -> int:
         """How many updates others hold and we do not."""
         return self.repair.lag()
+
+    def out_of_reach(self) -> int:
+        """How many updates we lack and nobody near has any more but as a sum."""
+        return self.repair.out_of_reach()
 
     def settled(self) -> int:
         """How many updates every member has stated to hold."""

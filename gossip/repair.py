@@ -33,6 +33,7 @@ from shoal.gossip.messages import (
 from shoal.gossip.names import Author, Hash, Key, PeerId
 from shoal.gossip.outbox import Outbox
 from shoal.gossip.records import Alive, Record, Update
+from shoal.gossip.snapshot import Line
 from shoal.gossip.timers import Timers
 from shoal.gossip.view import BUCKETS, View
 
@@ -77,6 +78,8 @@ class Repair:
     """Statements of others taken in whole: 0 means that we know nothing yet."""
     targets: dict[Author, int] = field(default_factory=dict)
     """What the first of them held: a joiner trains when it holds as much."""
+    _teacher: PeerId | None = None
+    """Who that was."""
     _asked: dict[Author, tuple[int, float]] = field(default_factory=dict)
     _answers: dict[PeerId, float] = field(default_factory=dict)
     """Until when pushes of a peer are answers to us, not gossip."""
@@ -193,13 +196,17 @@ class Repair:
         """`peer` holds exactly what we hold."""
         for author, count in self.frontier.counts():
             self.rows.state(peer, author, count)
-        self._first_round({})
+        if (link := self.links.get(peer)) is not None:
+            # It may have said more before, and dropped it with the snapshot that it stood on.
+            ours = self.frontier.count
+            link.heard = {a: e for a, e in link.heard.items() if e.count <= ours(a)}
+        self._first_round(peer, {})
 
     def _differ(
         self, peer: PeerId, digest: Digest, entries: Iterable[Entry], *, follows: bool
     ) -> None:
         if follows or digest.full:
-            self._first_round(self._ahead(entries))
+            self._first_round(peer, self._ahead(entries))
         linked = peer in self.links
         if digest.reply:
             stranger = not digest.full and not linked
@@ -213,9 +220,12 @@ class Repair:
     def _ahead(self, entries: Iterable[Entry]) -> dict[Author, int]:
         return {e.author: e.count for e in entries if e.count > self.frontier.count(e.author)}
 
-    def _first_round(self, targets: dict[Author, int]) -> None:
+    def _first_round(self, peer: PeerId, ahead: dict[Author, int]) -> None:
         if not self.rounds:
-            self.targets = targets
+            self.targets, self._teacher = ahead, peer
+        elif peer == self._teacher:  # it may hold less now
+            left = self.targets.items()
+            self.targets = {a: min(n, ahead[a]) for a, n in left if a in ahead}
         self.rounds += 1
 
     def caught_up(self) -> bool:
@@ -302,6 +312,25 @@ class Repair:
             for peer, link in self.links.items()
             if (entry := link.heard.get(author)) and entry.summed < number <= entry.count
         }
+
+    def lacks(self, peer: PeerId, lines: Iterable[Line]) -> bool:
+        """Say whether a neighbour has stated what it holds, and that is less than these."""
+        heard = self.links[peer].heard if peer in self.links else {}
+        return bool(heard) and any(
+            self.rows.holds(peer, line.author) < line.count
+            and ((entry := heard.get(line.author)) is None or entry.count < line.count)
+            for line in lines
+        )
+
+    def out_of_reach(self) -> int:
+        """Return how many updates we lack that all neighbours who hold them have as a sum alone."""
+        sums: dict[Author, int] = {}
+        for link in self.links.values():
+            for author, entry in link.heard.items():
+                if entry.count > self.frontier.count(author):
+                    sums[author] = min(sums.get(author, entry.summed), entry.summed)
+        lacking = ((n, self.frontier.count(a), self.frontier.closed(a)) for a, n in sums.items())
+        return sum(max(0, (min(n, end - 1) if end else n) - have) for n, have, end in lacking)
 
     def lag(self) -> int:
         """Return how many updates our neighbours state to hold that we do not."""

@@ -2,14 +2,17 @@
 
 A snapshot stands for the updates below its frontier, which are then known by their running hashes
 alone. Whoever gave it may lie, so it is believed only while others' statements of fingerprints and
-hashes do not speak against it (design 3.4): then it is dropped, and the log is fetched after all.
-The sums themselves are the worker's affair.
+hashes do not speak against it (design 3.4), and others hold as much: else it is dropped, and the
+log is fetched after all. The sums themselves are the worker's affair.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from shoal.gossip.names import Author, Hash, PeerId
+
+BEHIND = 60.0
+"""Seconds for which a peer may lack updates that a snapshot stands for: it may be late itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,11 @@ class Footing:
     """By their fingerprints, at the last look."""
     _disputes: set[PeerId] = field(default_factory=set)
     """By their running hashes."""
+    _behind: dict[PeerId, float] = field(default_factory=dict)
+    """Who lacks some of its updates, and since when: nobody but the donor may ever have had them,
+    or they may be made up."""
+    _doubted: float | None = None
+    """Since when more speak against it than for it."""
 
     def heard(self, verdicts: Mapping[PeerId, bool]) -> None:
         """Take in whose models equal ours; the donor can't speak for its own snapshot."""
@@ -60,10 +68,23 @@ class Footing:
         """`peer` holds other updates where the snapshot ends."""
         self._disputes.add(peer)
 
-    def refuted(self) -> bool:
+    def lacking(self, peers: Collection[PeerId], now: float) -> None:
+        """These, of whom we know what they hold, lack some of it."""
+        self._behind = {peer: self._behind.get(peer, now) for peer in peers}
+
+    def refuted(self, now: float = 0.0) -> bool:
         """Say whether more speak against the snapshot than for it."""
-        against = self._differ | (self._disputes - self._agree)
+        late = {peer for peer, since in self._behind.items() if now - since >= BEHIND}
+        against = self._differ | ((self._disputes | late) - self._agree)
         return self.snapshot is not None and len(against) > len(self._agree)
+
+    def doubted(self, now: float) -> float | None:
+        """Return since when more speak against it; None: they do not."""
+        if not self.refuted(now):
+            self._doubted = None
+        elif self._doubted is None:
+            self._doubted = now
+        return self._doubted
 
     def firm(self, others: Collection[PeerId]) -> bool:
         """Say whether to build on it: somebody confirms it, or nobody but the donor is there."""
@@ -73,3 +94,4 @@ class Footing:
         """Stand on the log alone."""
         self.snapshot = None
         self._agree, self._differ, self._disputes = set(), set(), set()
+        self._behind, self._doubted = {}, None

@@ -95,6 +95,10 @@ class Turns:
         """Say whether the worker waits for us and holds all that we do."""
         return self.ready and self._request is None and self._asked == self.frontier.version
 
+    def rebuilding(self) -> bool:
+        """Say whether the model is about to be made anew."""
+        return self.rebuild or isinstance(self._request, Rebuild)
+
     def finished(self) -> bool:
         """Say whether all turns of the run are done."""
         return 0 < self.run.turns < self.next

@@ -35,6 +35,8 @@ from shoal.gossip.snapshot import Line, Snapshot
 from shoal.gossip.view import View
 
 LANE = (1 << 64) - 1
+MOST = (1 << 32) - 1
+"""The largest number that fits into a u32."""
 MOST_HAPPENED = 100_000
 
 # ---------------------------------------------------------------- what goes wrong, as data
@@ -68,7 +70,8 @@ class Fault:
         """A peer that joins late: with the log, or with a snapshot of the peer `donor`.
 
         The donor may lie about the model ("model": its statement fits), the statement alone
-        ("fingerprint") or the updates that it has summed ("hashes").
+        ("fingerprint"), the updates that it has summed ("hashes"), how many of them there are
+        ("counts"), who they are of ("author") or of which turns ("turns").
         """
         return Fault("restart", at, peer, donor=donor, lie=lie)
 
@@ -427,20 +430,20 @@ class Simulator:
         elif lie == "fingerprint":
             fingerprint = (fingerprint[0] ^ 1, fingerprint[1])
         peer.sums = sums
-        peer.snapshot = Snapshot(
-            donor.id,
-            tuple(
-                Line(
-                    author,
-                    count,
-                    digest(author.peer) if lie == "hashes" else logs[author].hash_at(count),
-                    logs[author].turn_at(count),
-                )
-                for author, count in sorted(donor.applied.items())
-                if count
-            ),
-            fingerprint,
-        )
+        lines = [
+            Line(
+                author,
+                MOST if lie == "counts" else count,
+                digest(author.peer) if lie == "hashes" else logs[author].hash_at(count),
+                MOST if lie == "turns" else logs[author].turn_at(count),
+            )
+            for author, count in donor.applied.items()
+            if count
+        ]
+        if lie == "author":
+            lines.append(Line(Author(peer.id, 1), 3, digest(b"nothing"), MOST))
+        by_author = sorted(lines, key=lambda line: line.author)
+        peer.snapshot = Snapshot(donor.id, tuple(by_author), fingerprint)
 
     def _begin(self, peer: SimPeer) -> None:
         peer.worker, peer.applied = self._make_worker(self, peer.index), {}

@@ -87,7 +87,7 @@ def test_with_nobody_but_the_donor_there_it_trains_at_once() -> None:
     check_equal(simulator)
 
 
-@pytest.mark.parametrize("lie", ["model", "fingerprint", "hashes"])
+@pytest.mark.parametrize("lie", ["model", "fingerprint", "hashes", "counts", "author"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_lie_is_found_out_and_the_log_fetched_after_all(lie: str, seed: int) -> None:
     simulator = Simulator(
@@ -105,6 +105,125 @@ def test_a_lie_is_found_out_and_the_log_fetched_after_all(lie: str, seed: int) -
     check_equal(simulator)
     assert simulator.expected_fingerprint(joiner) == joiner.core.fingerprint
     assert not any(p.core.diverged for p in simulator.peers)
+
+
+def test_of_which_turns_the_updates_are_is_not_the_donors_to_say() -> None:
+    """Nothing confirms it: whoever believes it would think that the run is over."""
+    simulator = Simulator(
+        5,
+        fake_run(turns=90),
+        seed=3,
+        faults=[Fault.start(peer=4, at=9, donor=1, lie="turns")],
+        absent=[4],
+    )
+    assert simulator.run(240, done)
+    check_equal(simulator)
+    joiner = simulator.peers[4]
+    own = [k for k in joiner.records if k.author.peer == joiner.id]
+    assert len(own) >= 20
+    assert not dropped(simulator), "the model is as it should be"
+
+
+def test_one_who_speaks_first_does_not_decide_alone() -> None:
+    """The others confirm an honest snapshot a little later than a liar disputes it."""
+    simulator = Simulator(
+        5,
+        fake_run(turns=60),
+        seed=6,
+        faults=[Fault.start(peer=4, at=9, donor=0)],
+        absent=[4],
+    )
+    simulator.run(9.3)
+    joiner, liar = simulator.peers[4], simulator.peers[2]
+    snapshot = joiner.snapshot
+    assert snapshot is not None
+    joiner.core.footing.dispute(liar.id)
+    simulator.run(9.6)
+    assert not dropped(simulator)
+    assert simulator.run(240, done)
+    check_equal(simulator)
+    assert joiner.snapshot is snapshot
+
+
+def test_what_was_known_below_a_dropped_snapshot_is_taken_again() -> None:
+    """It came by gossip, too, and was in the sum already: so it was neither kept nor missed."""
+    simulator = Simulator(
+        4,
+        fake_run(turns=60),
+        seed=6,
+        faults=[Fault.start(peer=3, at=9, donor=0)],
+        absent=[3],
+    )
+    simulator.run(9.5)
+    joiner, other = simulator.peers[3], simulator.peers[1]
+    snapshot = joiner.core.footing.snapshot
+    assert snapshot is not None
+    known = [r for key, r in other.records.items() if key.number <= 3]
+    simulator._later(0.0, joiner, ev.Received(other.id, Push(tuple(known))))
+    simulator._later(0.1, joiner, ev.WorkerReady((), (0, 0)))
+    assert simulator.run(120, done)
+    assert dropped(simulator) == ["the worker can't use it"]
+    check_equal(simulator)
+
+
+def test_who_has_begun_on_made_up_updates_is_told_by_those_that_lack_them() -> None:
+    """With the donor alone it trained at once; the others come later, and never had them."""
+    simulator = Simulator(
+        5,
+        fake_run(turns=40),
+        seed=2,
+        faults=[
+            *(Fault.crash(peer=p, at=8) for p in (0, 1, 2)),
+            Fault.start(peer=4, at=20, donor=3, lie="author"),
+            *(Fault.restart(peer=p, at=25) for p in (0, 1, 2)),
+        ],
+        absent=[4],
+    )
+    simulator.run(24)
+    joiner = simulator.peers[4]
+    assert simulator.run(400, done)
+    assert joiner.snapshot is None
+    check_equal(simulator)
+    simulator.run(simulator.now + 60)
+    assert not any(p.core.lag() or p.core.out_of_reach() for p in simulator.peers)
+
+
+def test_who_asks_for_a_log_that_is_gone_says_so_and_does_not_train() -> None:
+    """It would train from the initial model, and pull the others back there."""
+    simulator = Simulator(
+        4,
+        fake_run(turns=200),
+        seed=8,
+        faults=[
+            Fault.start(peer=1, at=9, donor=0),
+            Fault.start(peer=2, at=10, donor=0),
+            Fault.crash(peer=0, at=40),
+            Fault.start(peer=3, at=50),
+        ],
+        absent=[1, 2, 3],
+    )
+    simulator.run(600)
+    late = simulator.peers[3]
+    lacking = {a: n for p in (1, 2) for a, n in simulator.peers[p].snapshot.counts()}
+    assert late.core.state == "joining"
+    assert late.core.out_of_reach() > 0
+    assert not any(key.author.peer == late.id for key in late.records)
+    assert simulator.peers[1].core.out_of_reach() == simulator.peers[2].core.out_of_reach() == 0
+    assert late.core.out_of_reach() <= sum(lacking.values())
+    assert simulator.peers[1].core.fingerprint == simulator.peers[2].core.fingerprint
+
+
+def test_a_model_that_is_about_to_go_is_not_told_of() -> None:
+    simulator = Simulator(
+        3, fake_run(turns=40), seed=1, faults=[Fault.start(peer=2, at=9, donor=1)], absent=[2]
+    )
+    simulator.run(40)
+    core = simulator.peers[2].core
+    assert core.steady()
+    core._drop_snapshot("of a test")
+    assert not core.steady()
+    simulator.run(60)
+    assert core.steady()
 
 
 def test_a_lie_found_out_after_a_restart_is_dropped_too() -> None:
