@@ -97,7 +97,7 @@ class Daemon:
         limits, run_id = place.limits, place.genesis.run_id
         self._counters = Counters()
         self.journal = Journal(limits.events)
-        held = snapshots.load(place.home.snapshot)
+        held = snapshots.begin_with(place.home.snapshot, run_id)
         self._snapshot = None if held is None else held[0]
         self.store = Store.open(
             place.home.log,
@@ -130,7 +130,9 @@ class Daemon:
         )
         self.supervisor = place.founder or founding.supervise(place.config, place.home)
         self.foreman = self._make_foreman()
-        self.donor = snapshots.Donor(self.core.frontier, self.foreman.sums, lambda: self.store.size)
+        self.donor = snapshots.Donor(
+            self.core.frontier, self.foreman.sums, lambda: self.store.size, self.core.steady
+        )
         self.driver.links, self.driver.hands = self.transport, self.foreman
         self.discovery = Discovery(
             place.identity.peer,
@@ -500,6 +502,11 @@ class Daemon:
             found.append(f"{skipped} local steps skipped: their loss was not finite (worker.log)")
         if self.store.degraded:
             found.append(f"the log is kept in memory only: {self.store.degraded}")
+        if summed := self.core.out_of_reach():
+            found.append(
+                f"{summed} updates are nowhere near any more but as a sum: join anew, in another "
+                "directory (--dir) and without --whole-log"
+            )
         if which := self.core.membership.twin:
             found.append(f"another process runs under this key; this is the {which} one")
         return found

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -189,6 +190,14 @@ class Duties:
                 return
         trainer.exchange.restore(trainer.initial_bytes())
 
+    def _began(self) -> str:
+        """Return what names the snapshot that the model begins with; empty without one."""
+        if self._snapshot is None:
+            return ""
+        summed, sums = self._snapshot
+        told = repr([tuple(each) for each in summed]).encode()
+        return blake2b(told + sums, digest_size=16).hexdigest()
+
     def _sums(self) -> tuple[pipe.Answer, list[pipe.Buffer]]:
         trainer = self._ready()
         sums = trainer.exchange.sums()
@@ -276,6 +285,11 @@ class Duties:
             known = isinstance(error, CheckpointError)
             return f"{error}" if known else f"{path}: {type(error).__name__}: {error}", False
         held = {(peer, log): count for peer, log, count in request.held}
+        if loaded.began != self._began():
+            # A model made with a snapshot that was dropped since is not the log's.
+            self._build(request.setup, trainer.initial_bytes())
+            self._begin()
+            return "the checkpoint is of a model that began elsewhere", False
         if any(count > held.get(author, 0) for author, count in counts.items()):
             self._build(request.setup, trainer.initial_bytes())
             self._begin()
@@ -299,7 +313,7 @@ class Duties:
         frontier = [(peer.hex(), log, count) for peer, log, count in self._frontier()]
         try:
             self._checkpoint.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._trainer.save(self._checkpoint, frontier)
+            self._trainer.save(self._checkpoint, frontier, self._began())
             self._dirty = False
         except OSError as error:  # the log is enough to start from
             log.warning("no checkpoint: %s", error.strerror)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from shoal.gossip import events as ev
 from shoal.gossip.limits import Limits
-from shoal.gossip.names import Author, Hash, Key, PeerId
+from shoal.gossip.names import Author, Hash, Key, PeerId, RunId
 from shoal.gossip.records import Report, Update
 from shoal.node import pipe, snapshots
 from shoal.node.errors import ConfigError
@@ -205,7 +205,8 @@ class Foreman:
 
     def _opening(self) -> tuple[pipe.Open, bytes]:
         counts = self.store.counts()
-        held = snapshots.load(self._snapshot) if self._snapshot is not None else None
+        run = RunId(self.opening.setup.run_id)
+        held = snapshots.begin_with(self._snapshot, run) if self._snapshot is not None else None
         snapshot, sums = held or (None, b"")
         own = Author(PeerId(self.opening.setup.peer), self.store.log)
         opening = pipe.Open(

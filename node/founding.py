@@ -135,6 +135,7 @@ async def join(addresses: Sequence[str], options: Options) -> Place:
     who = place.identity(config)
     _check_flags(config)
     admitted = _admission(fetched, config)
+    snapshots.forget(place.snapshot)  # of an attempt that was cut short
     if not options.whole_log:
         told = [target for target in targets if target.peer is not None]
         if await snapshots.ask(told, admitted, who, place.snapshot) is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from shoal.gossip.frontier import entries_hash
 from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Entry
-from shoal.gossip.names import NO_HASH, Author, Hash, running
+from shoal.gossip.names import NO_HASH, Author, Hash, RunId, running
 from shoal.gossip.records import Proof, Update
 from shoal.gossip.snapshot import Snapshot
 from shoal.node import snapshots
@@ -42,7 +42,7 @@ def export(directory: Path, target: Path) -> None:
     with Home(directory) as home:
         genesis = read_genesis(home)
         trainer = make_trainer(home, genesis)
-        snapshot, summed = begin(home, trainer), {}
+        snapshot, summed = begin(home, genesis.run_id, trainer), {}
         if snapshot is not None:
             summed = {line.author: line for line in snapshot.lines}
         counts = {author: line.count for author, line in summed.items()}
@@ -117,13 +117,16 @@ def make_trainer(
     return trainer
 
 
-def begin(home: Home, trainer: "Trainer") -> Snapshot | None:
+def begin(home: Home, run: RunId, trainer: "Trainer") -> Snapshot | None:
     """Set the model to the snapshot that the directory's peer began with, and return that.
 
-    None, and the initial model, when there is none. Raises ConfigError when it is not what its
-    donor said.
+    None, and the initial model, when there is none. Raises ConfigError when it is damaged, or not
+    what its donor said.
     """
-    held = snapshots.load(home.snapshot)
+    try:
+        held = snapshots.load(home.snapshot, run)
+    except snapshots.SnapshotError as error:
+        raise ConfigError(f"{error}; start the daemon, which then fetches the log") from None
     if held is None:
         return None
     snapshot, sums = held

@@ -182,7 +182,7 @@ def replay(directory: Path, options: Options) -> Result:
         base=options.base,
         allow_task=options.allow_task,
     )
-    snapshot = offline.begin(home, trainer)
+    snapshot = offline.begin(home, genesis.run_id, trainer)
     # In this order: what the checkpoint holds and the daemon counts was in the log before.
     claims = [_checkpoint(home.checkpoint, trainer)] if home.checkpoint.exists() else []
     daemon = _daemon(directory, genesis)

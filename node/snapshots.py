@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shoal.gossip.frontier import Frontier
 from shoal.gossip.limits import Limits
-from shoal.gossip.names import Author, PeerId
+from shoal.gossip.names import Author, PeerId, RunId, digest
 from shoal.gossip.snapshot import Line, Snapshot
 from shoal.node import wire
 from shoal.node.addresses import Address
@@ -27,7 +27,12 @@ log = logging.getLogger(__name__)
 
 PINNED = 60.0
 """Seconds for which a snapshot is given out before another is made."""
-_PEER_BYTES = 32
+_DIGEST_BYTES = _PEER_BYTES = 32
+
+
+class SnapshotError(ConfigError):
+    """The snapshot in a directory can't be used."""
+
 
 Sums = tuple[Sequence[tuple[Author, int]], tuple[int, int], bytes]
 """A frontier, the model's fingerprint there, and what the updates below it add up to."""
@@ -41,14 +46,20 @@ class Donor:
         frontier: Frontier,
         sums: Callable[[], Awaitable[Sums]],
         log_bytes: Callable[[], int],
+        steady: Callable[[], bool] = lambda: True,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; `sums` asks the worker, `log_bytes` tells what a joiner would fetch instead."""
+        """Prepare; `sums` asks the worker, `log_bytes` tells what a joiner would fetch instead.
+
+        While the model is not `steady`, nothing of it is given to others.
+        """
         self._frontier = frontier
         self._sums = sums
         self._log_bytes = log_bytes
+        self._steady = steady
         self._clock = clock
+        self._lines: list[Line] = []
         self._made = b""
         self._until = float("-inf")
         self._making = asyncio.Lock()
@@ -56,13 +67,18 @@ class Donor:
     async def give(self) -> bytes:
         """Return a snapshot as it travels; empty when the log is shorter, or there is none."""
         async with self._making:
-            if self._clock() >= self._until:
+            if not self._steady():
+                return b""
+            # A closing, or a log begun anew, takes back what was given out before.
+            if self._clock() >= self._until or self._still() != self._lines:
                 await self._make()
+            if not self._steady():
+                return b""
         whole = not any(log.summed for log in self._frontier.logs.values())
         return b"" if whole and self._log_bytes() <= len(self._made) else self._made
 
     async def _make(self) -> None:
-        self._made = b""
+        self._made, self._lines = b"", []
         try:
             counts, fingerprint, sums = await self._sums()
         except ConfigError as error:  # the worker is not there: the joiner takes the log
@@ -70,11 +86,15 @@ class Donor:
             return
         if not sums:
             self._until = float("inf")  # this run is more than sums
-        elif counts and (lines := self._lines(counts)):
+        elif counts and (lines := self._at(counts)):
+            self._lines = lines
             self._made = wire.encode_snapshot(lines, fingerprint, sums)
             self._until = self._clock() + PINNED
 
-    def _lines(self, counts: Sequence[tuple[Author, int]]) -> list[Line]:
+    def _still(self) -> list[Line]:
+        return self._at([(line.author, line.count) for line in self._lines])
+
+    def _at(self, counts: Sequence[tuple[Author, int]]) -> list[Line]:
         lines = []
         for author, count in sorted(counts):
             log = self._frontier.logs.get(author)
@@ -102,22 +122,42 @@ async def ask(
             continue
         if not snapshot.lines:
             return None
-        write_atomically(path, bytes(address.peer) + data)
+        write_atomically(path, _sealed(admission.run, bytes(address.peer) + data))
         return snapshot
     return None
 
 
-def load(path: Path) -> tuple[Snapshot, bytes] | None:
-    """Return what `ask` kept; None when it is not there, or damaged: then the log is fetched."""
+def load(path: Path, run: RunId) -> tuple[Snapshot, bytes] | None:
+    """Return what `ask` kept; None when it is not there.
+
+    Raises SnapshotError for what is not this run's or not as it was written; without it the log is
+    fetched.
+    """
     try:
         data = path.read_bytes()
-        snapshot, sums = wire.decode_snapshot(data[_PEER_BYTES:], PeerId(data[:_PEER_BYTES]))
     except FileNotFoundError:
         return None
-    except (OSError, PeerError) as error:
+    except OSError as error:
+        raise SnapshotError(f"{path} can't be read: {error.strerror}") from None
+    body = data[_DIGEST_BYTES:]
+    if data != _sealed(run, body):
+        raise SnapshotError(f"{path} is damaged, or of another run")
+    snapshot, sums = wire.decode_snapshot(body[_PEER_BYTES:], PeerId(body[:_PEER_BYTES]))
+    return snapshot, sums
+
+
+def begin_with(path: Path, run: RunId) -> tuple[Snapshot, bytes] | None:
+    """Return what `ask` kept; what can't be used is put away, and the log is fetched."""
+    try:
+        return load(path, run)
+    except SnapshotError as error:
         log.warning("snapshot not used", extra={"reason": str(error)})
+        forget(path)
         return None
-    return (snapshot, sums) if snapshot.lines else None
+
+
+def _sealed(run: RunId, body: bytes) -> bytes:
+    return digest(bytes(run) + body) + body
 
 
 def forget(path: Path) -> None:

@@ -91,10 +91,10 @@ class _Numbers:
 
     def whole(self) -> "_Numbers":
         """Return the same without a snapshot."""
-        fresh = _Numbers()
-        for place, at in enumerate(self.places, self.summed + 1):
-            fresh.others[place] = at
-        for number, at in sorted((fresh.others | self.others).items()):
+        if not self.summed:
+            return self
+        fresh = _Numbers(others=dict(enumerate(self.places, self.summed + 1)))
+        for number, at in sorted(self.others.items()):
             fresh.put(number, at)
         return fresh
 

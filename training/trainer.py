@@ -104,6 +104,8 @@ class Loaded:
     """Whatever was given to `save`."""
     kept: bool
     """Residual and momentum belong to the update named, and live on; else they start at zero."""
+    began: str = ""
+    """Where the model began, as it was given to `save`."""
 
 
 class Trainer:
@@ -314,8 +316,8 @@ class Trainer:
 
     # ---- files
 
-    def save(self, path: Path, frontier: Any = None) -> None:
-        """Write ledger, residual, momentum, inner optimizer, and `frontier` (any JSON)."""
+    def save(self, path: Path, frontier: Any = None, began: str = "") -> None:
+        """Write ledger, residual, momentum, inner optimizer, `frontier` (any JSON), and `began`."""
         named = {"ledger": self.exchange.ledger.model}
         numbers = {}
         for place, inner in self._inners.items():
@@ -329,6 +331,7 @@ class Trainer:
             "fingerprint": self.fingerprint(),
             "owner": self.exchange.owner,
             "frontier": frontier,
+            "began": began,
             "numbers": numbers,
             "seconds_per_step": self._seconds_per_step,
         }
@@ -371,7 +374,8 @@ class Trainer:
         memory = {name: tensors[name] for name in MEMORY if kept and name in tensors}
         self.exchange.take_back(owner if kept else None, memory)
         self._seconds_per_step = list(map(float, state["seconds_per_step"]))
-        return Loaded(state["frontier"] if exact else [], kept)
+        began = str(state.get("began", ""))
+        return Loaded(state["frontier"] if exact else [], kept, began)
 
     def export(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write the shared model as safetensors: float parameters and buffers under their names."""

@@ -209,13 +209,21 @@ def test_what_was_kept_is_there_again_and_can_be_forgotten(
     found = asyncio.run(snapshots.ask(addresses, Admission(run), Identity.generate(), path))
     assert found is not None
     assert found.donor == b"b" * 32, "the first told garbage"
-    assert snapshots.load(path) == (found, SUMS)
-    damaged = path.read_bytes()[:50]
-    path.write_bytes(damaged)
-    assert snapshots.load(path) is None
+    assert snapshots.load(path, run) == (found, SUMS)
+    whole = path.read_bytes()
+    for at in (0, 40, 80, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(snapshots.SnapshotError):
+            snapshots.load(path, run)
+    path.write_bytes(whole)
+    with pytest.raises(snapshots.SnapshotError):
+        snapshots.load(path, RunId(digest(b"another run")))
+    assert snapshots.begin_with(path, run) == (found, SUMS)
+    path.write_bytes(whole[:50])
+    assert snapshots.begin_with(path, run) is None
+    assert not path.exists()
     snapshots.forget(path)
-    snapshots.forget(path)
-    assert snapshots.load(path) is None
+    assert snapshots.load(path, run) is None
 
 
 # ---------------------------------------------------------------- the log above one
