@@ -377,3 +377,45 @@ def test_a_run_that_is_more_than_sums_gives_none(tmp_path: Path) -> None:
     assert summed(worker)[1] == b""
     _, other = begun(answer, tmp_path / "two", pipe.Summed([(OTHER, 1, 5)], (1, 2)), SUMS)
     assert other.frontier == []
+
+
+def test_a_checkpoint_of_a_model_that_began_with_a_dropped_snapshot_is_not_taken(
+    founded: pipe.Founded, tmp_path: Path
+) -> None:
+    """Killed once the log was fetched and before another was written: it would seem to fit."""
+    one, fresh = begun(founded, tmp_path / "one")
+    apply(one, 1, 6)
+    told, sums = summed(one)
+    wrong = struct.pack(f"<{POOL}i", *range(1, POOL + 1))
+    two, _ = begun(founded, tmp_path / "two", told, wrong)
+    held = apply(two, 7, 8).frontier
+    ask(two, pipe.Save())
+    _, same = begun(founded, tmp_path / "two", told, wrong, held=held)
+    assert (same.frontier, same.note) == (held, "")
+    _, other = begun(founded, tmp_path / "two", told, sums, held=held)
+    assert (other.frontier, other.fingerprint) == (told.frontier, told.fingerprint)
+    assert "began elsewhere" in other.note
+    _, plain = begun(founded, tmp_path / "two", held=held)
+    assert (plain.frontier, plain.fingerprint) == ([], fresh.fingerprint)
+    assert "began elsewhere" in plain.note
+
+
+def test_what_was_given_out_is_not_given_again_once_it_does_not_stand() -> None:
+    frontier, counts = filled(5), ((ALICE, 3), (BOB, 5))
+    later = ((ALICE, 1), (BOB, 5))
+    one, _ = donor(frontier, Worker((counts, (7, 8), SUMS), (later, (5, 6), SUMS)))
+    assert asyncio.run(one.give())
+    frontier.close(ALICE, 2)
+    told, _ = wire.decode_snapshot(asyncio.run(one.give()), PeerId(b"d" * 32))
+    assert (told.counts(), told.fingerprint) == (later, (5, 6))
+
+
+def test_nothing_is_given_of_a_model_that_nobody_has_confirmed() -> None:
+    counts = ((ALICE, 3),)
+    steady = [False, True, False, True, True]
+    worker = Worker((counts, (1, 1), SUMS), (counts, (2, 2), SUMS))
+    one = Donor(filled(5), worker.sums, lambda: 10_000, lambda: steady.pop(0))
+    assert asyncio.run(one.give()) == b""
+    assert worker.asked == 0
+    assert asyncio.run(one.give()) == b"", "it went while the worker summed"
+    assert asyncio.run(one.give()) != b""
