@@ -867,11 +867,14 @@ class Protocol:
         if (snapshot := self.footing.snapshot) is None:
             return
         self.timers.set("footing", now + self.limits.repair_interval)
-        witnesses = [p for p in self._established() if p != snapshot.donor]
-        standing = self.membership.standing_of
+        standing, lines = self.membership.standing_of, snapshot.lines
         # The disk of who is degraded may be full.
-        able = (p for p in witnesses if standing(p) is not Standing.DEGRADED)
-        self.footing.lacking([p for p in able if self.repair.lacks(p, snapshot.lines)], now)
+        able = (p for p in self._established() if standing(p) is not Standing.DEGRADED)
+        self.footing.lacking([p for p in able if self.repair.lacks(p, lines)], now)
+        said = ((p, self.agreement.statements.get(p)) for p in self.footing.contested())
+        counts = ((p, dict(each.frontier)) for p, each in said if each is not None)
+        less = [p for p, n in counts if any(n.get(each.author, 0) < each.count for each in lines)]
+        self.footing.take_back(less)
         self._look_at_footing()
 
     def _drop_snapshot(self, why: str) -> None:

@@ -55,6 +55,8 @@ class Footing:
     _behind: dict[PeerId, float] = field(default_factory=dict)
     """Who lacks some of its updates, and since when: nobody but the donor may ever have had them,
     or they may be made up."""
+    _gone: set[PeerId] = field(default_factory=set)
+    """Whose word for it does not count any more."""
     _doubted: float | None = None
     """Since when more speak against it than for it."""
 
@@ -72,11 +74,20 @@ class Footing:
         """These, of whom we know what they hold, lack some of it."""
         self._behind = {peer: self._behind.get(peer, now) for peer in peers}
 
+    def contested(self) -> set[PeerId]:
+        """Return who speaks for the snapshot, where anybody does not; else nobody."""
+        return self._agree if self._behind or self._differ or self._disputes else set()
+
+    def take_back(self, peers: Collection[PeerId]) -> None:
+        """These spoke for it, and state by now to hold less: they have dropped it themselves."""
+        self._gone = set(peers)
+
     def refuted(self, now: float = 0.0) -> bool:
         """Say whether more speak against the snapshot than for it."""
         late = {peer for peer, since in self._behind.items() if now - since >= BEHIND}
-        against = self._differ | ((self._disputes | late) - self._agree)
-        return self.snapshot is not None and len(against) > len(self._agree)
+        agree = self._agree - self._gone - late
+        against = self._differ | late | (self._disputes - agree)
+        return self.snapshot is not None and len(against) > len(agree)
 
     def doubted(self, now: float) -> float | None:
         """Return since when more speak against it; None: they do not."""
@@ -94,4 +105,4 @@ class Footing:
         """Stand on the log alone."""
         self.snapshot = None
         self._agree, self._differ, self._disputes = set(), set(), set()
-        self._behind, self._doubted = {}, None
+        self._behind, self._gone, self._doubted = {}, set(), None

@@ -425,6 +425,9 @@ class Simulator:
     def _give_snapshot(self, donor: SimPeer, peer: SimPeer, lie: str) -> None:
         logs, sums = donor.core.frontier.logs, donor.worker.sums()
         fingerprint = donor.worker.fingerprint()
+        steady = lie or donor.core.steady()
+        if not steady or any(count > logs[a].count for a, count in donor.applied.items()):
+            return  # as node/snapshots.py does
         if lie == "model":
             sums = fingerprint = (sums[0] ^ 1, sums[1])
         elif lie == "fingerprint":

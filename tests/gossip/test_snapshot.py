@@ -1,6 +1,7 @@
 """Laws of a frontier that began with a snapshot, and of what others make of it."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -163,3 +164,47 @@ def test_who_stands_on_the_log_alone_needs_nobodys_word() -> None:
     footing.heard({ONE: False})
     footing.dispute(TWO)
     assert not footing.refuted()
+
+
+def test_who_lacks_its_updates_for_long_speaks_against_it() -> None:
+    footing = standing((ONE, True))
+    footing.lacking([TWO], 100.0)
+    footing.lacking([TWO, ONE, THREE], 150.0)
+    assert not footing.refuted(159.9)
+    assert not footing.refuted(160.0), "one for it, one against"
+    assert footing.refuted(210.0), "nobody can hold it and lack it"
+    footing.lacking([], 210.0)
+    footing.lacking([TWO, THREE], 211.0)
+    assert not footing.refuted(270.9), "they were not late all the time"
+    assert footing.refuted(271.0)
+
+
+def test_doubt_lasts_while_more_speak_against_it() -> None:
+    footing = standing((ONE, False))
+    assert footing.doubted(5.0) == 5.0
+    assert footing.doubted(9.0) == 5.0
+    footing.heard({ONE: False, TWO: True})
+    assert footing.doubted(10.0) is None
+    footing.heard({ONE: False})
+    assert footing.doubted(12.0) == 12.0
+
+
+@given(cut=CUTS, more=st.lists(st.integers(1, 9), max_size=5))
+def test_which_turns_are_signed(cut: dict[Author, int], more: list[int]) -> None:
+    frontier = Frontier()
+    frontier.start(lines(whole(), cut))
+    for author in AUTHORS:
+        for number, turn in enumerate(more, cut[author] + 1):
+            one, record = update(author, number)
+            frontier.add(replace(one, turn=turn), record)
+        if author in frontier.logs:
+            assert frontier.logs[author].signed == max(more, default=0)
+
+
+def test_who_has_dropped_it_does_not_speak_for_it_any_more() -> None:
+    footing = standing((ONE, True), (TWO, False))
+    assert footing.contested() == {ONE}
+    assert not footing.refuted()
+    footing.take_back([ONE])
+    assert footing.refuted()
+    assert standing((ONE, True)).contested() == set()
