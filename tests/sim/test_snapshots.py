@@ -247,14 +247,14 @@ def test_a_joiner_goes_on_from_its_own_disk_and_gives_snapshots_itself() -> None
     """In the end nobody is left who has the log from its beginning."""
     simulator = Simulator(
         5,
-        fake_run(turns=40),
+        fake_run(turns=90),
         seed=3,
         faults=[
             Fault.start(peer=3, at=9, donor=1),
             Fault.crash(peer=3, at=16),
             Fault.restart(peer=3, at=18),
-            *(Fault.crash(peer=p, at=26) for p in (0, 1, 2)),
-            Fault.start(peer=4, at=30, donor=3),
+            *(Fault.crash(peer=p, at=60) for p in (0, 1, 2)),
+            Fault.start(peer=4, at=64, donor=3),
         ],
         absent=[3, 4],
     )
