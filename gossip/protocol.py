@@ -683,11 +683,13 @@ class Protocol:
             self.turns.renew_log("a damaged update of our own")
 
     def _recall_all(self, author: Author, first: int, last: int) -> None:
-        """Take in again what the log has of these numbers."""
+        """Take in again what the log has of these numbers, as far as there is room above a hole."""
         for number in range(first, last + 1):
             record = self._held.recall(Key(author, number))
-            if record is not None and isinstance(update := record.statement, Update):
-                self.frontier.add(update, record.id)
+            if record is None or not isinstance(update := record.statement, Update):
+                continue
+            if self.frontier.add(update, record.id) is Taken.REFUSED:
+                return
 
     def _on_pull_failed(self, peer: PeerId, payload: Hash, reason: str, now: float) -> None:
         if reason in ("timeout", "not found"):

@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 
 from shoal.gossip import events as ev
+from shoal.gossip.frontier import SURE
+from shoal.gossip.limits import sim
 from shoal.gossip.messages import Push
-from shoal.gossip.records import Proof, Update
+from shoal.gossip.names import Key
+from shoal.gossip.records import Proof, Record, Update
 from shoal.node.simulate import Fault, Network, SimPeer, Simulator, fake_run, fake_seal
 
 pytestmark = pytest.mark.sim
@@ -334,3 +337,30 @@ def test_dropping_comes_before_the_rebuild() -> None:
     effects = core.handle(ev.WorkerReady(snapshot.counts(), (1, 2)), simulator.now)
     kinds = [type(e) for e in effects if isinstance(e, ev.DropSnapshot | ev.Rebuild)]
     assert kinds == [ev.DropSnapshot, ev.Rebuild]
+
+
+def test_dropping_a_snapshot_reads_no_more_of_the_log_than_there_is_room_for() -> None:
+    simulator = Simulator(
+        3,
+        fake_run(turns=70),
+        seed=1,
+        limits=replace(sim(), unordered=16),
+        faults=[Fault.start(peer=2, at=9, donor=1)],
+        absent=[2],
+    )
+    simulator.run(50)
+    joiner = simulator.peers[2]
+    above = sum(key.author.peer != joiner.id for key in joiner.records)
+    assert above > 60
+    read: list[Key] = []
+    recall = joiner.core._held.recall
+
+    def counted(key: Key) -> Record | None:
+        read.append(key)
+        return recall(key)
+
+    joiner.core._held = replace(joiner.core._held, recall=counted)
+    joiner.core._drop_snapshot("of a test")
+    assert len(read) <= 2 * (SURE + 1) < above
+    assert simulator.run(400, done)
+    check_equal(simulator)
