@@ -856,6 +856,9 @@ class Protocol:
 
     def _look_at_footing(self) -> None:
         """Let others speak, too, before the first word against the snapshot counts."""
+        if self.footing.snapshot is None:
+            return
+        self.footing.present(set(self._established()))
         if (since := self.footing.doubted(self._now)) is None:
             return
         end = since + self._progress_interval() * HEARING

@@ -70,6 +70,10 @@ class Footing:
         """`peer` holds other updates where the snapshot ends."""
         self._disputes.add(peer)
 
+    def present(self, peers: Collection[PeerId]) -> None:
+        """Only these may dispute it: not who came, spoke and left, time and again."""
+        self._disputes &= set(peers)
+
     def lacking(self, peers: Collection[PeerId], now: float) -> None:
         """These, of whom we know what they hold, lack some of it."""
         self._behind = {peer: self._behind.get(peer, now) for peer in peers}

@@ -101,6 +101,28 @@ def test_closings_above_a_snapshot_act_as_without_one(
     assert short.counts() == plain.counts()
 
 
+@given(cut=CUTS, closings=CUTS)
+def test_a_log_stays_closed_without_the_snapshot(
+    cut: dict[Author, int], closings: dict[Author, int]
+) -> None:
+    plain, short = whole(), Frontier(unordered=1)
+    short.start(lines(plain, cut))
+    for author in AUTHORS:
+        for number in range(NUMBERS, cut[author] + 1, -1):
+            short.add(*update(author, number))  # above a hole
+        if closings[author] > cut[author]:
+            short.close(author, closings[author])
+            plain.close(author, closings[author])
+    short.forget_summed()
+    for author in (a for a in AUTHORS if cut[a]):
+        assert not short.logs[author].above
+        for number in range(1, NUMBERS + 1):
+            short.add(*update(author, number))
+        assert short.entry(author) == plain.entry(author)
+    above = sum(len(log.above) for log in short.logs.values())
+    assert short._unordered == above
+
+
 @given(cut=CUTS)
 def test_without_the_snapshot_only_the_log_counts(cut: dict[Author, int]) -> None:
     plain, short = whole(), Frontier(unordered=100)
@@ -208,3 +230,12 @@ def test_who_has_dropped_it_does_not_speak_for_it_any_more() -> None:
     footing.take_back([ONE])
     assert footing.refuted()
     assert standing((ONE, True)).contested() == set()
+
+
+def test_a_dispute_counts_while_its_peer_is_there() -> None:
+    footing = standing()
+    footing.dispute(TWO)
+    footing.present({ONE, TWO})
+    assert footing.refuted()
+    footing.present({ONE})
+    assert not footing.refuted()

@@ -7,8 +7,8 @@ import pytest
 from shoal.gossip import events as ev
 from shoal.gossip.frontier import SURE
 from shoal.gossip.limits import sim
-from shoal.gossip.messages import Push
-from shoal.gossip.names import Key
+from shoal.gossip.messages import AskHashes, Digest, Entry, Hashes, Message, Push, Want
+from shoal.gossip.names import Key, digest
 from shoal.gossip.records import Proof, Record, Update
 from shoal.node.simulate import Fault, Network, SimPeer, Simulator, fake_run, fake_seal
 
@@ -364,3 +364,93 @@ def test_dropping_a_snapshot_reads_no_more_of_the_log_than_there_is_room_for() -
     assert len(read) <= 2 * (SURE + 1) < above
     assert simulator.run(400, done)
     check_equal(simulator)
+
+
+# ---------------------------------------------------------------- what is said about its edge
+
+
+@pytest.fixture
+def edge() -> tuple[Simulator, SimPeer, Entry]:
+    """A joiner, and the statement of one log, two updates above where its snapshot ends."""
+    simulator = Simulator(
+        3, fake_run(turns=40), seed=1, faults=[Fault.start(peer=2, at=9, donor=1)], absent=[2]
+    )
+    simulator.run(13)
+    core = simulator.peers[2].core
+    entry = next(e for e in core.frontier.entries() if e.summed and e.count >= e.summed + 2)
+    return simulator, simulator.peers[2], entry
+
+
+def say(simulator: Simulator, joiner: SimPeer, message: Message) -> list[Message]:
+    """Let peer 0, a neighbour, say this; return what it is answered."""
+    event = ev.Received(simulator.peers[0].id, message)
+    effects = joiner.core.handle(event, simulator.now)
+    return [e.message for e in effects if isinstance(e, ev.Send)]
+
+
+def stated(entry: Entry) -> Digest:
+    return Digest((entry,), True, digest(b"another frontier"), digest(b"another view"), False)
+
+
+def test_who_holds_other_updates_where_it_ends_disputes_it(
+    edge: tuple[Simulator, SimPeer, Entry],
+) -> None:
+    simulator, joiner, entry = edge
+    other = simulator.peers[0].id
+    say(simulator, joiner, stated(replace(entry, count=entry.summed, hash=digest(b"x"))))
+    assert joiner.core.footing._disputes == {other}
+    joiner.core.footing.present(())
+    say(simulator, joiner, Hashes(entry.author, (entry.summed, entry.count), (digest(b"x"),) * 2))
+    assert joiner.core.footing._disputes == {other}
+    joiner.core.footing.present(())
+    hashes = (joiner.core.frontier.logs[entry.author].hash_at(entry.summed), digest(b"x"))
+    counts = (entry.summed, entry.summed + 1)
+    asked = say(simulator, joiner, Hashes(entry.author, counts, hashes))
+    assert Want(entry.author, counts[1], counts[1]) in asked
+    assert not joiner.core.footing._disputes, "they part above it"
+
+
+def test_a_fork_above_it_is_looked_for_at_its_edge_too(
+    edge: tuple[Simulator, SimPeer, Entry],
+) -> None:
+    simulator, joiner, entry = edge
+    answers = say(simulator, joiner, stated(replace(entry, hash=digest(b"x"))))
+    asked = next(each for each in answers if isinstance(each, AskHashes))
+    assert asked.counts[0] == entry.summed
+    assert asked.counts[-1] == entry.count
+    # Right above its edge, too: there is nothing between to ask for.
+    low = replace(entry, count=entry.summed + 1, hash=digest(b"x"))
+    answers = say(simulator, joiner, stated(low))
+    assert AskHashes(entry.author, (entry.summed, entry.summed + 1)) in answers
+
+
+def test_what_another_states_below_it_says_nothing(
+    edge: tuple[Simulator, SimPeer, Entry],
+) -> None:
+    simulator, joiner, entry = edge
+    below = replace(entry, count=entry.summed - 1, summed=0, hash=digest(b"x"))
+    answers = say(simulator, joiner, stated(below))
+    assert not any(isinstance(each, AskHashes | Want) for each in answers)
+    assert not joiner.core.footing._disputes
+    known = Hashes(entry.author, (1, entry.summed - 1), (digest(b"x"),) * 2)
+    assert not any(isinstance(e, AskHashes | Want) for e in say(simulator, joiner, known))
+    asked = AskHashes(entry.author, (1, entry.summed - 1, entry.summed))
+    (told,) = (each for each in say(simulator, joiner, asked) if isinstance(each, Hashes))
+    assert told.counts == (entry.summed,)
+
+
+def test_nobody_is_asked_for_what_it_holds_as_a_sum(
+    edge: tuple[Simulator, SimPeer, Entry],
+) -> None:
+    simulator, joiner, entry = edge
+    last = entry.count
+    gap = replace(entry, count=last + 9, summed=last + 4, hash=digest(b"x"))
+    answers = say(simulator, joiner, stated(gap))
+    assert [w for w in answers if isinstance(w, Want)] == [Want(entry.author, last + 5, last + 9)]
+    repair, other = joiner.core.repair, simulator.peers[0].id
+    assert other not in repair.holders(entry.author, last + 4)
+    assert other in repair.holders(entry.author, last + 5)
+    assert repair.out_of_reach() == 4
+    say(simulator, joiner, stated(replace(gap, summed=last + 9)))
+    assert repair.out_of_reach() == 9
+    assert joiner.core.repair.lag() == 9
