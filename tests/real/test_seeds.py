@@ -1,6 +1,7 @@
 """The run files that send seeds, as shipped: one model on all daemons, and in every log."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 from support.daemons import Daemon, agree
 
-from shoal.node import cli
+from shoal.gossip.limits import Limits
+from shoal.node import cli, snapshots, wire
+from shoal.node.home import Home
 from shoal.node.replay import Options, replay
 from shoal.node.status import State
 
@@ -98,9 +101,12 @@ def test_who_joins_late_begins_with_the_sums_of_a_peer_that_stays_alone(tmp_path
         b.start("join", address, "--whole-log", "--dir", str(b.directory), *local)
         a.wait("in the middle", lambda s: s.turn >= 6 and s.frontier.updates >= 10, 120)
         c.start("join", address, "--dir", str(c.directory), *local)
-        d.start("join", address, "--whole-log", "--observe", "--dir", str(d.directory), *local)
         c.wait("confirmed", lambda s: s.agrees, 120)
         assert (c.directory / "snapshot").exists()
+        d.directory.mkdir()  # as after a join that was killed before it had the genesis
+        shutil.copy(c.directory / "snapshot", d.directory)
+        d.start("join", address, "--whole-log", "--observe", "--dir", str(d.directory), *local)
+        d.wait("up", lambda s: s.join)
         assert not (d.directory / "snapshot").exists()
         c.kill()
         c.start()
@@ -133,6 +139,49 @@ def test_who_joins_late_begins_with_the_sums_of_a_peer_that_stays_alone(tmp_path
         assert len({model.read_bytes() for model in models}) == 1
     finally:
         for daemon in daemons:
+            if daemon.process is not None and daemon.process.poll() is None:
+                daemon.process.kill()
+                daemon.process.wait(10)
+
+
+def test_who_has_been_given_what_is_no_snapshot_fetches_the_log(tmp_path: Path) -> None:
+    """Sums that are none, and sums of another model: then there is one snapshot less."""
+    run = tmp_path / "run.toml"
+    text = JOINED.format(turns=12, pool=64, sampling="uniform")
+    run.write_text(text.replace("min_peers = 3", "min_peers = 1"))
+    a, b = Daemon(tmp_path / "a"), Daemon(tmp_path / "b")
+    local = ("--listen", "127.0.0.1:0", "--threads", "1", "--libp2p", "off")
+    kept = b.directory / "snapshot"
+    try:
+        a.start("start", str(run), "--dir", str(a.directory), *local)
+        address = a.wait("up", lambda s: s.join).join[0]
+        a.wait("finished", lambda s: s.state is State.FINISHED, 100)
+        b.start("join", address, "--observe", "--dir", str(b.directory), *local)
+        one = agree([a, b])
+        assert kept.exists()
+        genesis = Home(b.directory, readonly=True).genesis(Limits())
+        assert genesis is not None
+        held = snapshots.load(kept, genesis.run_id)
+        assert held is not None
+        (snapshot, sums), whole = held, kept.read_bytes()
+        model = tmp_path / "model.safetensors"
+        for wrong in (sums[:12], bytes(len(sums)), None):
+            assert b.stop() == 0
+            if wrong is None:
+                kept.write_bytes(whole[:-1])
+            else:
+                told = wire.encode_snapshot(snapshot.lines, snapshot.fingerprint, wrong)
+                kept.write_bytes(snapshots._sealed(genesis.run_id, bytes(snapshot.donor) + told))
+            assert cli.main(["export", str(model), str(b.directory)]) == 2
+            assert not model.exists()
+            b.start()
+            assert agree([a, b]) == one
+            assert not kept.exists()
+        assert b.stop() == 0
+        again = replay(b.directory, Options())
+        assert (again.summed, again.fingerprint) == (0, one)
+    finally:
+        for daemon in (a, b):
             if daemon.process is not None and daemon.process.poll() is None:
                 daemon.process.kill()
                 daemon.process.wait(10)

@@ -8,7 +8,7 @@ from shoal.gossip import events as ev
 from shoal.gossip.frontier import SURE
 from shoal.gossip.limits import sim
 from shoal.gossip.messages import AskHashes, Digest, Entry, Hashes, Message, Push, Want
-from shoal.gossip.names import Key, digest
+from shoal.gossip.names import Author, Key, digest
 from shoal.gossip.records import Proof, Record, Update
 from shoal.node.simulate import Fault, Network, SimPeer, Simulator, fake_run, fake_seal
 
@@ -223,8 +223,21 @@ def test_a_model_that_is_about_to_go_is_not_told_of() -> None:
     simulator.run(40)
     core = simulator.peers[2].core
     assert core.steady()
+    assert any(link.stated for link in core.repair.links.values())
+    told = core._sequence
     core._drop_snapshot("of a test")
     assert not core.steady()
+    assert not core.repair.caught_up(), "it catches up anew with whoever speaks next"
+    assert not any(link.stated for link in core.repair.links.values())
+    assert not core.joined
+    assert core.turns.next == 0, "what the turn was is asked again, too"
+    # The worker may be busy with a turn for long: nothing is said of the old model meanwhile.
+    core.agreement.fingerprint = (1, 2)
+    core.agreement._unchecked = dict.fromkeys(core.agreement.statements, 0)
+    core._check()
+    core._state_progress(simulator.now)
+    assert not core.counters.get("disagreement")
+    assert core._sequence == told
     simulator.run(60)
     assert core.steady()
 
@@ -454,3 +467,37 @@ def test_nobody_is_asked_for_what_it_holds_as_a_sum(
     say(simulator, joiner, stated(replace(gap, summed=last + 9)))
     assert repair.out_of_reach() == 9
     assert joiner.core.repair.lag() == 9
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_a_proof_right_above_its_edge_leaves_it_as_it_is(
+    edge: tuple[Simulator, SimPeer, Entry], above: int
+) -> None:
+    simulator, joiner, entry = edge
+    number = entry.summed + above
+    records = simulator.peers[0].records
+    first = next(r for k, r in records.items() if (k.author, k.number) == (entry.author, number))
+    assert isinstance(first.statement, Update)
+    second = fake_seal(replace(first.statement, turn=1))
+    smaller, larger = sorted((first, second), key=lambda r: r.id)
+    say(
+        simulator,
+        joiner,
+        Push((fake_seal(Proof(entry.author, number, smaller.raw, larger.raw)),)),
+    )
+    assert (joiner.core.footing.snapshot is None) is (above == 0)
+    assert joiner.core.frontier.closed(entry.author) == number
+    assert joiner.core.frontier.count(entry.author) == (number - 1 if above else 0)
+
+
+def test_a_payload_is_not_pulled_from_who_holds_it_as_a_sum() -> None:
+    simulator = Simulator(3, fake_run(turns=40), seed=1)
+    simulator.run(9)
+    arrivals, author = simulator.peers[0].core.arrivals, Author(simulator.peers[1].id, 99)
+    update = Update(author, 3, 1, "fake", digest(b"payload"), 5000, None)
+    record, first, second = fake_seal(update), *(simulator.peers[n].id for n in (1, 2))
+    arrivals.take(record, update, first, own=False)
+    arrivals.holds(second, author, 5, 3)
+    assert not arrivals.heard_from[record.id] - {first}
+    arrivals.holds(second, author, 5, 2)
+    assert arrivals.heard_from[record.id] == {first, second}
