@@ -19,6 +19,7 @@ from shoal.gossip.names import Author, Hash, Key, PeerId, RunId, digest
 from shoal.gossip.protocol import Protocol
 from shoal.gossip.records import Record, Report, Statement, Update
 from shoal.gossip.run import Held, Run
+from shoal.gossip.snapshot import Line, Snapshot
 from shoal.node.driver import Driver
 from shoal.node.errors import PeerError
 from shoal.node.journal import Journal
@@ -100,9 +101,12 @@ class Hands:
 class Scene:
     """A daemon's middle."""
 
-    def __init__(self, directory: Path, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self, directory: Path, limits: Limits = LIMITS, snapshot: Snapshot | None = None
+    ) -> None:
         self.disk = SickDisk()
-        self.store = Store.open(directory, limits, run=RUN.id, disk=self.disk)
+        summed = {} if snapshot is None else dict(snapshot.counts())
+        self.store = Store.open(directory, limits, run=RUN.id, disk=self.disk, summed=summed)
         records = {s.key: s.raw for s in self.store.records()}
         self.read: dict[bytes, Record] = {}
         self.links, self.hands = Links(), Hands()
@@ -114,7 +118,11 @@ class Scene:
             seal,
             random.Random(5),
             limits,
-            Held([self._record(raw) for raw in records.values()], recall=self._recall),
+            Held(
+                [self._record(raw) for raw in records.values()],
+                recall=self._recall,
+                snapshot=snapshot,
+            ),
         )
         self.driver = Driver(
             self.core,
@@ -188,6 +196,21 @@ def test_a_pulled_update_that_the_disk_refuses_is_kept_whole_in_memory(tmp_path:
         assert scene.store.get(Author(BOB, 7), 1) == (update(BOB, 1, LARGE).raw, LARGE)
 
     play(tmp_path, scenario)
+
+
+def test_a_snapshot_that_is_dropped_is_forgotten_by_all(tmp_path: Path) -> None:
+    line = Line(Author(BOB, 7), 3, digest(b"hash"), 2)
+    scene = Scene(tmp_path, snapshot=Snapshot(BOB, (line,), (5, 6)))
+    assert scene.store.counts() == {line.author: 3}
+
+    async def start() -> None:
+        scene.start()
+
+    asyncio.run(start())
+    assert scene.store.counts() == {line.author: 0}
+    told = [t for t in scene.hands.told if t == "forget snapshot" or isinstance(t, ev.Rebuild)]
+    assert told == ["forget snapshot", ev.Rebuild()]
+    assert scene.core.frontier.counts() == ()
 
 
 def test_two_updates_with_one_payload_are_both_stored_with_it(tmp_path: Path) -> None:

@@ -224,6 +224,9 @@ def test_what_was_kept_is_there_again_and_can_be_forgotten(
     assert not path.exists()
     snapshots.forget(path)
     assert snapshots.load(path, run) is None
+    given[b"a" * 32] = b""  # the log is the better way, says the first
+    assert asyncio.run(snapshots.ask(addresses, Admission(run), Identity.generate(), path)) is None
+    assert not path.exists()
 
 
 # ---------------------------------------------------------------- the log above one

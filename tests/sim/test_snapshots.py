@@ -8,7 +8,7 @@ from shoal.gossip import events as ev
 from shoal.gossip.frontier import SURE
 from shoal.gossip.limits import sim
 from shoal.gossip.messages import AskHashes, Digest, Entry, Hashes, Message, Push, Want
-from shoal.gossip.names import Author, Key, digest
+from shoal.gossip.names import Author, Key, PeerId, digest
 from shoal.gossip.records import Proof, Record, Update
 from shoal.node.simulate import Fault, Network, SimPeer, Simulator, fake_run, fake_seal
 
@@ -88,6 +88,31 @@ def test_with_nobody_but_the_donor_there_it_trains_at_once() -> None:
     assert simulator.peers[1].core.joined
     assert simulator.run(120, done)
     check_equal(simulator)
+
+
+def test_two_who_join_at_once_need_not_wait_for_each_other() -> None:
+    """Neither has been confirmed, so neither can confirm."""
+    faults = [Fault.start(peer=1, at=9, donor=0), Fault.start(peer=2, at=9, donor=0)]
+    simulator = Simulator(3, fake_run(turns=40), seed=2, faults=faults, absent=[1, 2])
+    simulator.run(12)
+    assert all(peer.core.joined for peer in simulator.peers)
+    assert simulator.run(120, done)
+    check_equal(simulator)
+
+
+def test_whose_log_is_full_lacks_what_others_hold_and_disputes_nothing() -> None:
+    simulator = Simulator(
+        3,
+        fake_run(turns=40),
+        seed=2,
+        faults=[Fault.fill_disk(peer=0, at=5), Fault.start(peer=2, at=12, donor=1)],
+        absent=[2],
+    )
+    simulator.run(200)
+    core = simulator.peers[2].core
+    assert core.footing.snapshot is not None
+    assert core.repair.lacks(simulator.peers[0].id, core.footing.snapshot.lines)
+    assert not dropped(simulator)
 
 
 @pytest.mark.parametrize("lie", ["model", "fingerprint", "hashes", "counts", "author"])
@@ -501,3 +526,16 @@ def test_a_payload_is_not_pulled_from_who_holds_it_as_a_sum() -> None:
     assert not arrivals.heard_from[record.id] - {first}
     arrivals.holds(second, author, 5, 2)
     assert arrivals.heard_from[record.id] == {first, second}
+
+
+def test_who_states_less_than_it_stands_for_speaks_for_it_no_more(
+    edge: tuple[Simulator, SimPeer, Entry],
+) -> None:
+    simulator, joiner, _ = edge
+    simulator.run(45)
+    core, (one, other) = joiner.core, (simulator.peers[n].id for n in (0, 1))
+    said = core.agreement.statements
+    core.footing._agree, core.footing._differ = {one, other}, {PeerId(digest(b"somebody"))}
+    said[one] = replace(said[one], frontier=said[one].frontier[1:])
+    core._review_footing(simulator.now)
+    assert core.footing._gone == {one}
