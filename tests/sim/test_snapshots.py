@@ -539,3 +539,21 @@ def test_who_states_less_than_it_stands_for_speaks_for_it_no_more(
     said[one] = replace(said[one], frontier=said[one].frontier[1:])
     core._review_footing(simulator.now)
     assert core.footing._gone == {one}
+
+
+def test_while_a_rebuild_is_due_nothing_is_compared_or_told(
+    edge: tuple[Simulator, SimPeer, Entry],
+) -> None:
+    simulator, joiner, _ = edge
+    simulator.run(45)
+    core, told = joiner.core, joiner.core._sequence
+    right = core.agreement.fingerprint
+    for due in (True, False):
+        core.turns.rebuild = due
+        core.agreement.fingerprint = (1, 2)
+        core.agreement._unchecked = dict.fromkeys(core.agreement.statements, 0)
+        core._check()
+        assert bool(core.counters.get("disagreement")) is not due
+        core.turns.rebuild, core.agreement.fingerprint = due, right
+        core._state_progress(simulator.now)
+        assert core._sequence == told + (not due)
