@@ -280,24 +280,25 @@ class Duties:
             loaded = trainer.load(path, request.own)
             counts = {(bytes.fromhex(p), log): n for p, log, n in loaded.frontier}
         except Exception as error:  # whatever is wrong with it, the log is enough to start from
-            self._build(request.setup, trainer.initial_bytes())
-            self._begin()
             known = isinstance(error, CheckpointError)
-            return f"{error}" if known else f"{path}: {type(error).__name__}: {error}", False
+            note = f"{error}" if known else f"{path}: {type(error).__name__}: {error}"
+            return self._start_over(request, note)
         held = {(peer, log): count for peer, log, count in request.held}
         if loaded.began != self._began():
             # A model made with a snapshot that was dropped since is not the log's.
-            self._build(request.setup, trainer.initial_bytes())
-            self._begin()
-            return "the checkpoint is of a model that began elsewhere", False
+            return self._start_over(request, "the checkpoint is of a model that began elsewhere")
         if any(count > held.get(author, 0) for author, count in counts.items()):
-            self._build(request.setup, trainer.initial_bytes())
-            self._begin()
             with contextlib.suppress(OSError):
                 path.unlink()  # or it would seem to fit once the log is as long, with other updates
-            return "the checkpoint goes beyond the log", False
+            return self._start_over(request, "the checkpoint goes beyond the log")
         self._counts = counts
         return "", loaded.kept
+
+    def _start_over(self, request: pipe.Open, note: str) -> tuple[str, bool]:
+        """Begin without the checkpoint; return what `_restore` does."""
+        self._build(request.setup, self._ready().initial_bytes())
+        self._begin()
+        return note, False
 
     def _save_now_and_then(self) -> None:
         wait = max(CHECKPOINT_SECONDS, self._saving_took / CHECKPOINT_SHARE)

@@ -156,13 +156,13 @@ def begin_with(path: Path, run: RunId) -> tuple[Snapshot, bytes] | None:
         return None
 
 
-def _sealed(run: RunId, body: bytes) -> bytes:
-    return digest(bytes(run) + body) + body
-
-
 def forget(path: Path) -> None:
     """Go on without it, also after a restart."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
         log.warning("snapshot not removed", extra={"reason": error.strerror})
+
+
+def _sealed(run: RunId, body: bytes) -> bytes:
+    return digest(bytes(run) + body) + body
