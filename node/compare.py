@@ -25,6 +25,8 @@ from shoal.node.swarm import end_with_parent, reference_bytes
 
 HORIZON = 1e6
 """Simulated seconds after which a run that does not end is given up."""
+LOOK = 0.2
+"""Seconds between looks for Ctrl-C."""
 ENDING = 5.0
 """Seconds that a child has to end when it is told to."""
 
@@ -121,28 +123,35 @@ class Children:
         for place in range(len(jobs)):
             todo.put(place)
         found: dict[int, Result] = {}
+        finished = threading.Semaphore(0)
         errors: list[BaseException] = []
 
         def work() -> None:
-            with contextlib.suppress(queue.Empty):
+            try:
                 while not self._over:
                     place = todo.get_nowait()
-                    try:
-                        found[place] = self._train(jobs[place])
-                    except BaseException as error:  # handed to the thread that waits
-                        errors.append(error)
-                        return
+                    found[place] = self._train(jobs[place])
+            except queue.Empty:
+                pass
+            except BaseException as error:  # handed to the thread that waits
+                errors.append(error)
+            finally:
+                finished.release()
 
         threads = [threading.Thread(target=work) for _ in range(min(self.most, len(jobs)))]
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
+            for _ in threads:
+                # A signal may reach another thread, or this one just before it sleeps: then
+                # nothing would wake it.
+                while not finished.acquire(timeout=LOOK):
+                    pass
         finally:
             self._end()
             for thread in threads:
-                thread.join()
+                if thread.is_alive():
+                    thread.join()
         if errors:
             raise errors[0]
         return [found[place] for place in range(len(jobs))]

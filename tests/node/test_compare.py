@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -132,6 +133,31 @@ def test_interrupting_ends_the_children(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.real
+def test_an_interrupt_counts_whichever_thread_it_reaches(tmp_path: Path) -> None:
+    code = f"""
+        import signal, sys, threading, time
+        from pathlib import Path
+        from shoal.node import cli
+
+        def press():
+            while len(list(children())) < 2:
+                time.sleep(0.05)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+        def children():
+            for path in Path("/proc/self/task").glob("*/children"):
+                yield from path.read_text().split()
+
+        threading.Thread(target=press, daemon=True).start()
+        found = cli.main(["compare", "digits", "--jobs", "2", "--turns", "9999"])
+        sys.exit(found != {cli.INTERRUPTED})
+    """
+    argv = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def descendants(parent: int) -> list[int]:
