@@ -613,45 +613,39 @@ class Transport:
         return chunk if isinstance(chunk, bytes) and chunk else None
 
     async def _serve_pull(self, peer: PeerId, request: bytes, context: Context) -> None:
-        try:
-            payload, offset, version = wire.decode_pull(request)
-        except wire.WireError as error:
-            self._blame(peer, error.reason)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
+        payload, offset, version = await self._read(peer, wire.decode_pull, request, context)
         await _same_version(version, context)
         data = self.handler.payload(payload)
         await self._pour(peer, data, offset, "payloads", context)
 
     async def _serve_initial(self, peer: PeerId, request: bytes, context: Context) -> None:
-        try:
-            offset, version = wire.decode_initial(request)
-        except wire.WireError as error:
-            self._blame(peer, error.reason)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
+        offset, version = await self._read(peer, wire.decode_initial, request, context)
         await _same_version(version, context)
         await self._pour(peer, await self.handler.initial(), offset, "joining", context)
 
     async def _serve_genesis(self, peer: PeerId, request: bytes, context: Context) -> bytes:
-        try:
-            version = wire.decode_genesis_request(request)
-        except wire.WireError as error:
-            self._blame(peer, error.reason)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
+        version = await self._read(peer, wire.decode_genesis_request, request, context)
         await _same_version(version, context)
         answer = wire.encode_genesis_response(self.handler.genesis())
         self.bytes_out["joining"] += len(answer)
         return answer
 
     async def _serve_snapshot(self, peer: PeerId, request: bytes, context: Context) -> bytes:
-        try:
-            version = wire.decode_snapshot_request(request)
-        except wire.WireError as error:
-            self._blame(peer, error.reason)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
+        version = await self._read(peer, wire.decode_snapshot_request, request, context)
         await _same_version(version, context)
         answer = await self.handler.snapshot()
         self.bytes_out["joining"] += len(answer)
         return answer
+
+    async def _read(
+        self, peer: PeerId, decode: Callable[[bytes], T], request: bytes, context: Context
+    ) -> T:
+        """Return what is asked; who asks what makes no sense is told so."""
+        try:
+            return decode(request)
+        except wire.WireError as error:
+            self._blame(peer, error.reason)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
 
     async def _pour(
         self, peer: PeerId, data: Buffer | None, offset: int, kind: str, context: Context
