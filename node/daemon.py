@@ -258,6 +258,8 @@ class Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.set_exception_handler(self._crash)
         self._crashed: BaseException | None = None
+        self._measured = b""
+        """Hash of the frontier whose model was measured thoroughly."""
         try:
             await self.transport.start()
             await self.http.start()
@@ -346,15 +348,16 @@ class Daemon:
 
     async def _measure(self) -> None:
         """Measure the shared model thoroughly whenever the worker has nothing else to do."""
-        measured = b""
+        tried = b""
         while True:
             await asyncio.sleep(SAMPLE)
             at = self.core.frontier.hash
-            if at == measured or not self.core.turns.idle() or self.core.lag():
+            if at == tried or not self.core.turns.idle() or self.core.lag():
                 continue
-            measured = at
+            tried = at
             with contextlib.suppress(ConfigError):
                 await self.foreman.evaluate()
+                self._measured = at
 
     def _remember(self) -> None:
         """Write down who was here, for the next start."""
@@ -455,6 +458,7 @@ class Daemon:
             steps_per_second=now.last_steps / now.seconds if now.seconds else None,
             loss=now.loss,
             evaluation=now.evaluation,
+            measured=self._measured == core.frontier.hash,
             first_evaluation=now.first_evaluation,
             unit=now.unit,
             parameters=genesis.parameters,

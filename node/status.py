@@ -93,6 +93,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Training loss of the last turn."""
     evaluation: float | None = None
     """Held-out measure of the shared model."""
+    measured: bool = False
+    """`evaluation` is of the model as it is now, and as thorough as the task can."""
     first_evaluation: float | None = None
     """The same when this peer came to the run."""
     unit: str = ""

@@ -336,6 +336,12 @@ def one_model(rows: Sequence[Status | None]) -> bool:
     return len(models) == 1 and all(models.pop())
 
 
+def measured(rows: Sequence[Status | None]) -> bool:
+    """Return whether all that answer, and have a worker, have measured the model they hold."""
+    able = [s for s in rows if s is not None and s.worker.pid is not None]
+    return all(status.measured for status in able)
+
+
 def reference_bytes(peers: int, parameters: int, steps: float) -> float:
     """Return what a peer sends in ring all-reduce of float32 gradients at every step."""
     return 2 * (peers - 1) / peers * 4 * parameters * steps
@@ -355,6 +361,7 @@ class Summary:
     seconds: float
     before: float | None
     after: float | None
+    """Mean over those that have measured the model they ended with."""
     alone: float | None
     """One peer on its own shard, same optimizer, schedule and steps; with --baseline."""
     sent: float
@@ -390,7 +397,7 @@ def summarize(
     peers = len(rows)
     steps = _mean([status.steps for status in seen])
     first = seen[0]
-    measured = [status.evaluation for status in seen if status.evaluation is not None]
+    after = [s.evaluation for s in seen if s.measured and s.evaluation is not None]
     return Summary(
         run=first.name,
         unit=first.unit,
@@ -400,7 +407,7 @@ def summarize(
         steps=steps,
         seconds=seconds,
         before=before,
-        after=_mean(measured) if measured else None,
+        after=_mean(after) if after else None,
         alone=alone,
         sent=_mean([_sent(status.sockets) for status in seen]),
         reference=reference_bytes(peers, first.parameters, steps),

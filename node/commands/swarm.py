@@ -28,6 +28,8 @@ METERING = 1.2
 """Seconds that a daemon's count of bytes may lag behind."""
 SETTLING = 60.0
 """Seconds after the last turn in which all must come to one model."""
+MEASURING = 120.0
+"""Seconds that the daemons may take to measure the model they ended with."""
 
 
 def register(subparsers: flags.Subparsers) -> None:
@@ -227,9 +229,26 @@ def _train(
             if settled_by is None and _all_done(rows, timed=bool(args.minutes)):
                 settled_by = now + SETTLING
         elapsed = time.monotonic() - begun
-    # The daemons look at their sockets once a second: let the last bytes be counted.
-    time.sleep(METERING)
-    return last_known(rows, swarm.look()), before, elapsed
+        # The daemons look at their sockets once a second: let the last bytes be counted.
+        time.sleep(METERING)
+        rows = last_known(rows, swarm.look())
+        if settled_by:
+            rows = _measured(swarm, rows, screen, elapsed)
+    return rows, before, elapsed
+
+
+def _measured(
+    swarm: "Swarm", rows: "list[Status | None]", screen: Screen, elapsed: float
+) -> "list[Status | None]":
+    """Wait until the daemons have measured what they ended with; return the last look at them."""
+    from shoal.node.swarm import measured
+
+    patience = time.monotonic() + MEASURING
+    while not measured(rows) and swarm.living() and time.monotonic() < patience:
+        time.sleep(INTERVAL)
+        rows = last_known(rows, swarm.look())
+        screen.show(rows, elapsed)
+    return rows
 
 
 def last_known(rows: "list[Status | None]", later: "list[Status | None]") -> "list[Status | None]":

@@ -18,7 +18,7 @@ from shoal.node import cli, swarm, table
 from shoal.node.commands import swarm as command
 from shoal.node.config import to_toml
 from shoal.node.errors import ConfigError
-from shoal.node.status import Frontier, Sockets, State, Status
+from shoal.node.status import Frontier, Sockets, State, Status, Worker
 
 STAND_IN = Path(__file__).parents[1] / "support" / "stand_in.py"
 RUN = {
@@ -38,6 +38,7 @@ def status(**fields: object) -> Status:
         steps=1200,
         parameters=124_000,
         evaluation=2.08,
+        measured=True,
         unit="bits per byte",
         sockets=Sockets(bytes_out=3_000_000),
         published_bytes=900_000,
@@ -193,6 +194,17 @@ def test_a_silent_peer_is_told_even_when_the_others_agree() -> None:
     summary = swarm.summarize([status(), None, status()], before=1, alone=None, seconds=1)
     assert summary.equal
     assert "1 of 3 peers did not answer" in "\n".join(command.report(summary))
+
+
+def test_what_was_measured_before_the_end_is_not_told_as_the_end() -> None:
+    rows = [status(), status(evaluation=9.1, measured=False), None]
+    assert swarm.summarize(rows, before=1, alone=None, seconds=1).after == 2.08
+    assert swarm.summarize(rows[1:], before=1, alone=None, seconds=1).after is None
+
+
+def test_only_who_has_a_worker_is_waited_for() -> None:
+    assert swarm.measured([status(worker=Worker(pid=7)), None, status(measured=False)])
+    assert not swarm.measured([status(), status(measured=False, worker=Worker(pid=7))])
 
 
 def test_done_means_that_everybody_who_answers_is() -> None:

@@ -18,13 +18,15 @@ from shoal.node.metrics import Counters
 from shoal.node.status import EventRow, Frontier, PeerRow, Sockets, State, Status, Worker
 
 TURNS = 4
+MEASURING = 3.0
+"""Seconds from the last turn until the model it ended with is measured."""
 
 
 class StandIn:
     def __init__(self, folder: Path, manner: str) -> None:
         self.folder, self.manner = folder, manner
         self.state = State.PAUSED
-        self.turn = 0
+        self.turn = self.measured = 0
         self.done = asyncio.Event()
 
     def status(self) -> Status:
@@ -39,7 +41,8 @@ class StandIn:
             turns=TURNS,
             steps=30 * self.turn,
             loss=3.0 - self.turn / 10,
-            evaluation=3.5 - self.turn / 10,
+            evaluation=3.5 - self.measured / 10,
+            measured=self.measured == self.turn,
             first_evaluation=3.5,
             unit="bits per byte",
             parameters=100_000,
@@ -79,6 +82,8 @@ class StandIn:
                 print(f"turn {self.turn}", flush=True)
                 if self.turn == TURNS:
                     self.state = State.FINISHED
+                    await asyncio.sleep(MEASURING)
+                self.measured = self.turn
                 if self.manner == "late":
                     print("MemoryError: out of memory", flush=True)
                     os._exit(7)
