@@ -39,7 +39,7 @@ min_peers = 3
 def test_a_shipped_run_ends_with_one_model_that_every_log_rebuilds(
     name: str, tmp_path: Path
 ) -> None:
-    turns = {"mezo": "6", "one-byte": "6", "two-planes": "5", "fedkseed": "1"}.get(name, "2")
+    turns = {"mezo": "10", "one-byte": "10", "two-planes": "5", "fedkseed": "1"}.get(name, "2")
     swarm = ("swarm", name, "--peers", "4", "--turns", turns, "--dir", str(tmp_path / "swarm"))
     done = subprocess.run(
         [sys.executable, "-m", "shoal.node.cli", *swarm],
