@@ -7,7 +7,8 @@
     arrivals.py        payloads, storing             neighbours.py      which links should be open
     turns.py           what the worker does next     agreement.py       are our models the same?
     pacing.py          may the next turn start?      score.py           who misbehaves?
-    snapshot.py        what a joiner may begin with in place of the log
+    admissions.py      how were they let in?         equivocation.py    who contradicts itself?
+    throttle.py        who publishes too fast?       snapshot.py        what a joiner may begin with
 
 A record comes in through `_take`, whoever sent it and by whatever message; an update is held once
 it is `Stored`, and only then passed on.
@@ -18,9 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from shoal.gossip import pacing, topology
+from shoal.gossip.admissions import Admissions
 from shoal.gossip.agreement import STRIKES, Agreement, Fingerprint
 from shoal.gossip.arrivals import Arrivals
 from shoal.gossip.dissemination import Dissemination
+from shoal.gossip.equivocation import Equivocation
 from shoal.gossip.events import (
     Applied,
     Depart,
@@ -28,7 +31,6 @@ from shoal.gossip.events import (
     DropSnapshot,
     Effect,
     Event,
-    KeepAdmission,
     LinkDown,
     LinkUp,
     Lost,
@@ -41,7 +43,6 @@ from shoal.gossip.events import (
     Received,
     Resume,
     Start,
-    Store,
     Stored,
     StoreFailed,
     Tick,
@@ -87,15 +88,13 @@ from shoal.gossip.repair import Repair
 from shoal.gossip.run import Held, Run
 from shoal.gossip.score import Rates, Scores
 from shoal.gossip.snapshot import Footing
-from shoal.gossip.strangers import Strangers
+from shoal.gossip.throttle import Throttle
 from shoal.gossip.timers import Timers
 from shoal.gossip.turns import Turns
 from shoal.gossip.view import View
 
 CATCH_UP_PATIENCE = 20
 """A joiner that others have answered waits so many `join_patience` for what they hold."""
-LAST_WORD = 1.0
-"""Seconds in which an accused peer may read the proof before its link is closed."""
 MOST_TURN = 1 << 31
 """A joiner does not believe in larger turns: its own numbering must not run out."""
 REBUILD_INTERVAL = 600.0
@@ -190,15 +189,23 @@ class Protocol:
             self._awaited,
             self._may_publish,
         )
-        self.admissions: dict[PeerId, bytes] = dict(held.admissions)
-        self.accused: set[PeerId] = set()
-        """Peers of whom a proof of equivocation is known."""
+        self.admissions = Admissions(me, held.admissions, limits, self.out, self.view)
+        self.equivocation = Equivocation(
+            me,
+            limits,
+            self.timers,
+            self.out,
+            self.frontier,
+            self.view,
+            self.arrivals,
+            self.dissemination,
+            self.neighbours,
+            seal,
+            held.recall,
+            lambda: self._drop_snapshot("an update in it does not count"),
+        )
+        self.throttle = Throttle(limits, self.frontier, self.arrivals)
         self.paused = self.joined = self.diverged = False
-        self._kept: set[PeerId] = set(held.admissions)
-        self._strangers = Strangers(limits)
-        self._new_logs: dict[PeerId, float] = {}
-        per_minute = limits.updates_per_minute
-        self._updates = Rates(per_minute / 60, per_minute, limits.members)
         self._statements = Rates(*STATEMENTS, limits.members)
         per_second = limits.questions_per_second
         self._questions = Rates(per_second, 20 * per_second, limits.members)
@@ -213,7 +220,7 @@ class Protocol:
             self.frontier.start(held.snapshot.lines)
         for record in held.proofs:
             if isinstance(proof := record.statement, Proof):
-                self._note_proof(record, proof)
+                self.equivocation.note(record, proof)
         for record in held.records:
             if isinstance(update := record.statement, Update):
                 self.frontier.add(update, record.id)
@@ -306,7 +313,7 @@ class Protocol:
 
     def _start(self, addresses: tuple[str, ...], admission: bytes, alone: bool, now: float) -> None:
         self._started = now
-        self.admissions[self.me] = admission
+        self.admissions.peers[self.me] = admission
         self.membership.standing = self._standing()
         self.membership.start(addresses, admission, now)
         rng, limits = self.rng, self.limits
@@ -418,8 +425,8 @@ class Protocol:
         self._admit(peer, admission, now)
         if not self.neighbours.up(peer, now):
             return
-        if peer in self.accused:
-            self._shun(peer)
+        if peer in self.equivocation.accused:
+            self.equivocation.shun(peer, now)
             return
         self.dissemination.link_up(peer)
         self.repair.link_up(peer)
@@ -446,7 +453,7 @@ class Protocol:
     # ------------------------------------------------------------ messages
 
     def _on_message(self, peer: PeerId, message: Message, now: float) -> None:
-        if peer == self.me or peer in self.accused or self.scores.banned(peer, now):
+        if peer == self.me or peer in self.equivocation.accused or self.scores.banned(peer, now):
             return
         self.membership.heard_from(peer, now)
         match message:
@@ -465,9 +472,9 @@ class Protocol:
             case Prune():
                 self.dissemination.on_prune(peer)
             case AskAdmission(peers):
-                self._vouch(peer, peers)
+                self.admissions.vouch(peer, peers)
             case Vouch(subject, admission):
-                if subject in self._strangers:
+                if subject in self.admissions.strangers:
                     self._admit(subject, admission, now)
             case _:
                 if self._questions.take(peer, self.repair.cost(message), now):
@@ -495,34 +502,9 @@ class Protocol:
 
     # ------------------------------------------------------------ admissions
 
-    def _known(self, peer: PeerId) -> bool:
-        return peer in self.view.contacts or peer in self.admissions or peer == self.me
-
     def _admit(self, peer: PeerId, admission: bytes, now: float) -> None:
-        self.admissions[peer] = admission
-        if len(self.admissions) > len(self._kept) + 2 * self.limits.members:
-            # Who has published nothing can be asked about again.
-            del self.admissions[next(p for p in self.admissions if p not in self._kept)]
-        for sender, record in self._strangers.take(peer):
+        for sender, record in self.admissions.admit(peer, admission):
             self._take(record, sender, now, asked=True)
-
-    def _hold(self, subject: PeerId, sender: PeerId, record: Record, now: float) -> None:
-        """Keep a record of a peer we never met until we know how it was admitted."""
-        if not self._strangers.hold(subject, sender, record):
-            self.out.count("stranger-dropped")
-        elif self._strangers.ask(subject, now):
-            self.out.send(sender, AskAdmission((subject,)))
-
-    def _vouch(self, asker: PeerId, peers: tuple[PeerId, ...]) -> None:
-        for peer in peers[: self.limits.push_records]:
-            if (admission := self._admission(peer)) is not None:
-                self.out.send(asker, Vouch(peer, admission))
-
-    def _admission(self, peer: PeerId) -> bytes | None:
-        contact = self.view.contacts.get(peer)
-        if contact is not None and isinstance(contact.statement, Contact):
-            return contact.statement.admission
-        return self.admissions.get(peer)
 
     # ------------------------------------------------------------ records
 
@@ -537,16 +519,16 @@ class Protocol:
             return False
         subject = _subject(statement)
         if isinstance(statement, Contact):
-            if subject in self._strangers:
+            if subject in self.admissions.strangers:
                 self._admit(subject, statement.admission, now)
-        elif not self._known(subject):
-            self._hold(subject, sender, record, now)
+        elif not self.admissions.known(subject):
+            self.admissions.hold(subject, sender, record, now)
             return True
         match statement:
             case Update():
                 return self._take_update(record, statement, sender, now, asked=asked)
             case Proof():
-                return self._take_proof(record, statement, sender)
+                return self.equivocation.take(record, statement, sender, now)
             case Progress():
                 return self._take_progress(record, statement, sender, now)
             case _:
@@ -599,42 +581,18 @@ class Protocol:
             self.turns.renew_log("our disk is older than what we published")
         taken, other = self.arrivals.look(record, update)
         if taken is Taken.NEW:
-            if self._delayed(update, sender, now, asked=asked):
+            if delay := self.throttle.delays(update, sender, now, asked=asked):
+                self.out.count(delay)
                 return True
             taken = self.arrivals.take(record, update, sender, own=False)
         match taken:
             case Taken.CONFLICT:
-                self._accuse(record, update, other)
+                self.equivocation.accuse(record, update, other, now)
             case Taken.REFUSED:
                 self.out.count("update-refused")
             case _:
                 self.dissemination.see(record.id)
         return taken in (Taken.NEW, Taken.CONFLICT)
-
-    def _delayed(self, update: Update, sender: PeerId, now: float, *, asked: bool) -> bool:
-        """Say whether an author goes too fast; what we drop here, repair brings later."""
-        peer, limits = update.author.peer, self.limits
-        if sender == peer and self._one_more_log(update.author):
-            if now - self._new_logs.get(peer, float("-inf")) < limits.log_interval:
-                self.out.count("log-delayed")
-                return True
-            self._new_logs.pop(peer, None)
-            self._new_logs[peer] = now
-            if len(self._new_logs) > limits.members:
-                del self._new_logs[next(iter(self._new_logs))]
-        if asked:
-            return False
-        if self._updates.take(peer, 1, now):
-            return False
-        self.out.count("update-delayed")
-        return True
-
-    def _one_more_log(self, author: Author) -> bool:
-        """Say whether `author` would be a further log of a peer that has one."""
-        logs, waiting = self.frontier.logs, self.arrivals.waiting
-        if author in logs or author in waiting:
-            return False
-        return any(a.peer == author.peer for known in (logs, waiting) for a in known)
 
     def _on_stored(self, record: Record) -> None:
         update = record.statement
@@ -647,10 +605,7 @@ class Protocol:
             return
         peer = update.author.peer
         self.turns.weight.hear(peer, self.turns.next)
-        if peer not in self._kept and (admission := self._admission(peer)) is not None:
-            self._kept.add(peer)
-            self.admissions[peer] = admission
-            self.out.add(KeepAdmission(peer, admission))
+        self.admissions.keep(peer)
         holders = heard | self.repair.holders(update.author, update.number)
         self.dissemination.see(record.id)
         self.dissemination.forward(record, None, holders)
@@ -711,57 +666,6 @@ class Protocol:
         for peer in sorted(self.repair.holders(author, number)):
             self.arrivals.holds(peer, author, number)
         self.timers.set("pull", now + 2 * self.limits.graft_timeout, payload)
-
-    # ------------------------------------------------------------ equivocation
-
-    def _accuse(self, second: Record, update: Update, first: Record | None) -> None:
-        """Two genuine updates under one number: prove it."""
-        first = first or self._held.recall(Key(update.author, update.number))
-        if first is None or first.id == second.id:
-            return
-        smaller, larger = sorted((first, second), key=lambda r: r.id)
-        proof = Proof(update.author, update.number, smaller.raw, larger.raw)
-        self._take_proof(self._seal(proof), proof, None)
-
-    def _take_proof(self, record: Record, proof: Proof, sender: PeerId | None) -> bool:
-        self.dissemination.see(record.id)
-        known = proof.author in self.frontier.logs
-        if not known and len(self.frontier.logs) >= self.limits.logs:
-            self.out.count("proof-refused")
-            return False
-        if not self._note_proof(record, proof):
-            return False
-        self.out.add(Store(record))
-        self.out.count("equivocation")
-        self.out.happened("equivocation", proof.author.peer, number=proof.number)
-        self.arrivals.close(proof.author, proof.number)
-        self.dissemination.forward(record, sender, set())
-        self._shun(proof.author.peer)
-        return True
-
-    def _shun(self, peer: PeerId) -> None:
-        """Let the accused read the proof, then close the link: its owner may know of no theft."""
-        if peer not in self.neighbours.links or peer == self.me:
-            return
-        for record in self.view.proofs.values():
-            if isinstance(proof := record.statement, Proof) and proof.author.peer == peer:
-                self.out.push(peer, record)
-        self.timers.set("shun", self._now + LAST_WORD, peer)
-
-    def _note_proof(self, record: Record, proof: Proof) -> bool:
-        """Let the smallest number stand; say whether this proof is it."""
-        if proof.number <= self.frontier.summed(proof.author):
-            # What it takes out of the sum is known to us as a part of the snapshot only.
-            self._drop_snapshot("an update in it does not count")
-        held = self.view.proofs.get(proof.author)
-        if held is not None and isinstance(other := held.statement, Proof):  # noqa: SIM102
-            if (proof.number, record.id) >= (other.number, held.id):
-                return False
-        self.view.put(record)
-        self.frontier.close(proof.author, proof.number)
-        if proof.author.peer != self.me:
-            self.accused.add(proof.author.peer)
-        return True
 
     # ------------------------------------------------------------ our own statements
 
@@ -906,13 +810,9 @@ class Protocol:
             self.run.observe
             or self.membership.leaving
             or self.membership.twin == "later"
-            or self._exposed()
+            or self.equivocation.exposed()
             or self.arrivals.full
         )
-
-    def _exposed(self) -> bool:
-        """Say whether our key is known to have equivocated: nobody takes from it, in any log."""
-        return any(author.peer == self.me for author in self.view.proofs)
 
     def _may_train(self) -> bool:
         unwritable = self.turns.unwritable == "log full"
@@ -927,8 +827,8 @@ class Protocol:
         return self._standing_as(Standing.TRAINING, Standing.FINISHED)
 
     def _standing_as(self, *standings: Standing) -> list[PeerId]:
-        standing = self.membership.standing_of
-        return [p for p in self.view.ring if standing(p) in standings and p not in self.accused]
+        standing, accused = self.membership.standing_of, self.equivocation.accused
+        return [p for p in self.view.ring if standing(p) in standings and p not in accused]
 
     def _standing(self) -> Standing:
         if self.run.observe:
@@ -962,7 +862,7 @@ class Protocol:
     def _degraded(self) -> str:
         if self.membership.twin == "later":
             return "another process runs under this key"
-        if self._exposed():
+        if self.equivocation.exposed():
             return "two updates under one number: this key is in use elsewhere"
         if self.arrivals.full or self.turns.unwritable == "log full":
             return "log full"

@@ -67,12 +67,6 @@ class Strangers:
             self._count(sender, -1, -len(record.raw))
         return stranger.records
 
-    def gone(self, sender: PeerId) -> None:
-        """Forget what only this sender told: there is nobody to ask any more."""
-        told = [p for p, s in self.peers.items() if all(who == sender for who, _ in s.records)]
-        for subject in told:
-            self.take(subject)
-
     def _count(self, sender: PeerId, records: int, size: int) -> None:
         self.held += records
         self.size += size

@@ -315,10 +315,10 @@ def test_lies_of_every_kind_take_bounded_memory() -> None:
     # What was there before was not traced, and is replaced by what is: some of it counts here.
     assert grown < 24 << 20
     core = victim.core
-    assert len(core.admissions) <= len(core._kept) + 2 * victim.limits.members
+    assert len(core.admissions.peers) <= len(core.admissions.kept) + 2 * victim.limits.members
     assert len(core.frontier.logs) <= victim.limits.logs
     assert len(core.view.proofs) <= victim.limits.logs
-    assert core._strangers.held <= victim.limits.held_records
+    assert core.admissions.strangers.held <= victim.limits.held_records
 
 
 def test_a_frame_of_many_small_messages_is_refused() -> None:

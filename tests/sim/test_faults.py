@@ -89,7 +89,7 @@ def test_equivocation_is_proved_and_subtracted_everywhere() -> None:
         assert peer.core.frontier.count(author) == min(closed) - 1
         assert peer.applied.get(author, 0) == min(closed) - 1
         assert peer.core.agrees()
-        assert cheat.id in peer.core.accused
+        assert cheat.id in peer.core.equivocation.accused
         assert cheat.id not in peer.core.linked()
         assert len(peer.proofs) >= 1
     assert cheat.core.state.startswith("degraded: two updates under one number")
@@ -121,7 +121,7 @@ def test_forks_below_are_found_by_bisection() -> None:
     simulator.run(5)
     ghost = Author(fake_peer(99, 5), 7)
     for peer in simulator.peers:
-        peer.core.admissions[ghost.peer] = b"admitted"
+        peer.core.admissions.peers[ghost.peer] = b"admitted"
 
     def branch(name: int) -> tuple[Push, ...]:
         pushes = []
@@ -223,7 +223,7 @@ def test_an_update_against_the_rules_counts_zero_and_is_never_fetched(kind: str,
     assert simulator.run(30, done)
     ghost = Author(fake_peer(99, 5), 7)
     for peer in simulator.peers:
-        peer.core.admissions[ghost.peer] = b"admitted"
+        peer.core.admissions.peers[ghost.peer] = b"admitted"
     before = {p.core.fingerprint for p in simulator.peers}
     offer(simulator, 0, Update(ghost, 1, 1, kind, Hash(digest(b"huge")), size))
     simulator.run(simulator.now + 10)
@@ -244,8 +244,8 @@ def test_records_of_strangers_wait_for_their_admission() -> None:
     simulator.run(8)
     core = simulator.peers[0].core
     assert core.frontier.count(ghost) == 0
-    assert core._strangers.held == 1
-    simulator.peers[1].core.admissions[ghost.peer] = b"admitted"
+    assert core.admissions.strangers.held == 1
+    simulator.peers[1].core.admissions.peers[ghost.peer] = b"admitted"
     offer(simulator, 0, update)
     simulator.run(20)
     assert all(p.core.frontier.count(ghost) == 1 for p in simulator.peers)
@@ -262,7 +262,7 @@ def test_strangers_cannot_fill_the_memory() -> None:
         offer(simulator, 0, Update(ghost, 1, 1, "fake", digest(b"x"), 1, b"x"))
     simulator.run(5)
     core = simulator.peers[0].core
-    assert core._strangers.held == 10
+    assert core.admissions.strangers.held == 10
     assert core.counters["stranger-dropped"] == 40
 
 

@@ -84,7 +84,7 @@ def test_a_fork_below_a_known_proof_is_found_too() -> None:
         return fake_seal(update)
 
     for peer in simulator.peers:
-        peer.core.admissions[ghost.peer] = b"admitted"
+        peer.core.admissions.peers[ghost.peer] = b"admitted"
     simulator._cuts.append(frozenset({0, 1}))
     for index, name in ((0, 1), (2, 2)):
         for number in range(1, 41):
