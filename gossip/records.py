@@ -1,4 +1,4 @@
-"""The kinds of signed record that peers tell each other. Values; node/wire.py has the bytes.
+"""The kinds of signed record that peers tell each other. Values; node/wire/ has the bytes.
 
 Three classes (design 5). *Gapless*: `Update`, repaired by frontier. *Latest-wins* by (author, kind,
 subject): `Alive`, `Suspect`, `Leave`, `Contact`, `Progress`. *Grow-only*, true by itself: `Proof`.
@@ -83,7 +83,7 @@ class Contact:
     addresses: tuple[str, ...]
     """gRPC multiaddrs without the trailing /p2p part, most useful first."""
     admission: bytes
-    """The swarm CA's signature over the peer's identity; checked in node/wire.py."""
+    """The swarm CA's signature over the peer's identity; checked in node/wire/."""
 
 
 @dataclass(frozen=True, slots=True)

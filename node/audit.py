@@ -19,7 +19,8 @@ from shoal.node.genesis import Genesis
 from shoal.node.identity import peer_text
 from shoal.node.segments import Bounds, Disk, Found, Head, Kind, Place, Segments
 from shoal.node.store import read_log_id
-from shoal.node.wire import Wire, WireError
+from shoal.node.wire.fields import WireError
+from shoal.node.wire.records import RecordReader
 
 Counts = Mapping[Author, int]
 
@@ -92,7 +93,7 @@ class Audit:
             disk=Disk(),
             readonly=True,
         )
-        self._wire = Wire(genesis.run_id, lambda peer, proof: True, limits)
+        self._records = RecordReader(genesis.run_id, lambda peer, proof: True)
         self._run = Run(genesis.run_id, most_bytes=genesis.most)
         self._places: dict[Author, dict[int, Place]] = {}
         self._bare: dict[Key, Place] = {}
@@ -160,7 +161,7 @@ class Audit:
         """
         at = self._places[key.author][key.number]
         head, raw = self._segments.record(at)
-        update = self._wire.own(raw).statement
+        update = self._records.own(raw).statement
         assert isinstance(update, Update)
         payload = self._segments.payload(at, head) if head.has_payload else update.inline
         return update, payload
@@ -189,7 +190,7 @@ class Audit:
 
     def _look_at_record(self, found: Found, head: Head) -> None:
         try:
-            record = self._wire.record(found.record)
+            record = self._records.read(found.record)
         except WireError as error:
             self._complain(f"{error.reason}: {error}", head.author, head.number, found.at)
             return

@@ -44,7 +44,7 @@ from shoal.node.store import DamagedError, Store
 from shoal.node.traffic import SocketMeter
 from shoal.node.transport.grpc import Transport
 from shoal.node.transport.libp2p import Finder, FinderSettings
-from shoal.node.wire import Sealer, Wire
+from shoal.node.wire.records import RecordReader, Sealer
 
 __all__ = ["Daemon", "Options", "serve"]
 
@@ -105,7 +105,7 @@ class Daemon:
             run=run_id,
             summed=dict(self._snapshot.counts()) if self._snapshot is not None else None,
         )
-        self.wire = Wire(run_id, place.admission.verify, limits)
+        self.records = RecordReader(run_id, place.admission.verify)
         self._published = 0
         self.core = self._make_core()
         self.initial = Initial(place.home.initial, place.genesis)
@@ -170,7 +170,7 @@ class Daemon:
         me = place.identity.peer
         held = Held(
             records=self._stored(me),
-            proofs=[self.wire.own(raw) for raw in self.store.proofs.values()],
+            proofs=[self.records.own(raw) for raw in self.store.proofs.values()],
             admissions=self.store.admissions,
             recall=self._recall,
             snapshot=self._snapshot,
@@ -230,7 +230,7 @@ class Daemon:
     def _stored(self, me: PeerId) -> Iterator[Record]:
         """Yield the log's records, one in memory at a time; count what we published."""
         for stored in self.store.records():
-            record = self.wire.own(stored.raw)
+            record = self.records.own(stored.raw)
             update = record.statement
             if isinstance(update, Update) and update.author.peer == me:
                 self._published += update.size
@@ -242,10 +242,10 @@ class Daemon:
         except DamagedError as error:
             self.driver.lost(error.key)
             return None
-        return None if raw is None else self.wire.own(raw)
+        return None if raw is None else self.records.own(raw)
 
     def _update(self, raw: bytes) -> Update:
-        update = self.wire.own(raw).statement
+        update = self.records.own(raw).statement
         assert isinstance(update, Update)
         return update
 

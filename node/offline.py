@@ -18,7 +18,7 @@ from shoal.node.errors import ConfigError
 from shoal.node.genesis import Genesis, another_model
 from shoal.node.home import Home
 from shoal.node.store import Store
-from shoal.node.wire import Wire
+from shoal.node.wire.records import RecordReader
 
 if TYPE_CHECKING:
     from shoal.training.trainer import Trainer
@@ -47,9 +47,9 @@ def export(directory: Path, target: Path) -> None:
             summed = {line.author: line for line in snapshot.lines}
         counts = {author: line.count for author, line in summed.items()}
         store = Store.open(home.log, Limits(), run=genesis.run_id, readonly=True, summed=counts)
-        wire = Wire(genesis.run_id, lambda peer, admission: True, Limits())
+        records = RecordReader(genesis.run_id, lambda peer, admission: True)
         entries = []
-        for author, count, closed in _authors(wire, store):
+        for author, count, closed in _authors(records, store):
             entry = Entry(author, count, NO_HASH, closed)
             if (line := summed.get(author)) is not None:
                 if closed and closed <= line.count:
@@ -58,7 +58,7 @@ def export(directory: Path, target: Path) -> None:
                         "which then fetches the log"
                     )
                 entry = replace(entry, hash=line.hash, summed=line.count)
-            entries.append(_apply(trainer, wire, store, entry))
+            entries.append(_apply(trainer, records, store, entry))
         trainer.export(target, metadata(genesis, entries_hash(entries)))
 
 
@@ -146,11 +146,11 @@ def _no_clock() -> float:
     return 0.0
 
 
-def _authors(wire: Wire, store: Store) -> Iterator[tuple[Author, int, int]]:
+def _authors(records: RecordReader, store: Store) -> Iterator[tuple[Author, int, int]]:
     """Yield of each author how many updates count, and the number at which a proof closed it."""
     closed: dict[Author, int] = {}
     for raw in store.proofs.values():
-        proof = wire.own(raw).statement
+        proof = records.own(raw).statement
         assert isinstance(proof, Proof)
         closed[proof.author] = min(proof.number, closed.get(proof.author, proof.number))
     counts = store.counts()
@@ -159,7 +159,7 @@ def _authors(wire: Wire, store: Store) -> Iterator[tuple[Author, int, int]]:
         yield author, min(count, end - 1) if end else count, end
 
 
-def _apply(trainer: "Trainer", wire: Wire, store: Store, entry: Entry) -> Entry:
+def _apply(trainer: "Trainer", records: RecordReader, store: Store, entry: Entry) -> Entry:
     """Add one author's updates to the model; return its line of the frontier, hash and all.
 
     `entry` holds the running hash after those that a snapshot stands for.
@@ -172,7 +172,7 @@ def _apply(trainer: "Trainer", wire: Wire, store: Store, entry: Entry) -> Entry:
         found = store.get(entry.author, number)
         assert found is not None, entry
         raw, payload = found
-        record = wire.own(raw)
+        record = records.own(raw)
         update = record.statement
         assert isinstance(update, Update)
         data = update.inline if payload is None else payload

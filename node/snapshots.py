@@ -15,13 +15,13 @@ from shoal.gossip.frontier import Frontier
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import Author, PeerId, RunId, digest
 from shoal.gossip.snapshot import Line, Snapshot
-from shoal.node import wire
 from shoal.node.addresses import Address
 from shoal.node.admission import Admission
 from shoal.node.errors import ConfigError, PeerError
 from shoal.node.files import write_atomically
 from shoal.node.identity import Identity, peer_text
 from shoal.node.transport.newcomer import fetch_snapshot
+from shoal.node.wire import requests
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Donor:
             self._until = float("inf")  # this run is more than sums
         elif counts and (lines := self._at(counts)):
             self._lines = lines
-            self._made = wire.encode_snapshot(lines, fingerprint, sums)
+            self._made = requests.encode_snapshot(lines, fingerprint, sums)
             self._until = self._clock() + PINNED
 
     def _still(self) -> list[Line]:
@@ -114,7 +114,7 @@ async def ask(
             continue
         try:
             data = await fetch_snapshot(address, address.peer, admission, who, limits)
-            snapshot, _ = wire.decode_snapshot(data, address.peer)
+            snapshot, _ = requests.decode_snapshot(data, address.peer)
             if len(snapshot.lines) > limits.logs:
                 raise PeerError("oversize", f"a snapshot of {len(snapshot.lines)} authors")
         except PeerError as error:
@@ -142,7 +142,7 @@ def load(path: Path, run: RunId) -> tuple[Snapshot, bytes] | None:
     body = data[_DIGEST_BYTES:]
     if data != _sealed(run, body):
         raise SnapshotError(f"{path} is damaged, or of another run")
-    snapshot, sums = wire.decode_snapshot(body[_PEER_BYTES:], PeerId(body[:_PEER_BYTES]))
+    snapshot, sums = requests.decode_snapshot(body[_PEER_BYTES:], PeerId(body[:_PEER_BYTES]))
     return snapshot, sums
 
 

@@ -166,7 +166,7 @@ def record_bytes(payload: bytes) -> int:
     from shoal.gossip.names import Author, PeerId, RunId, digest
     from shoal.gossip.records import Update
     from shoal.node.identity import Identity
-    from shoal.node.wire import Sealer
+    from shoal.node.wire.records import Sealer
 
     who = Identity.generate()
     update = Update(

@@ -1,7 +1,7 @@
 """Links, calls and transfers between daemons: gRPC over TLS 1.3, both ends proved and admitted.
 
 One bidirectional stream per pair of neighbours carries their gossip; peers without a link are
-called; payloads come over server streams as raw bytes. What arrives goes through node/wire.py and
+called; payloads come over server streams as raw bytes. What arrives goes through node/wire/ and
 then to the `Handler`; nothing that a peer sends raises past this file.
 """
 
@@ -24,7 +24,6 @@ import grpc.aio
 from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Message, Push
 from shoal.gossip.names import Hash, PeerId
-from shoal.node import wire
 from shoal.node.addresses import Address, Listen, own, parse_bare, socket_text
 from shoal.node.admission import Admission, peer_of
 from shoal.node.errors import ConfigError, PeerError
@@ -34,6 +33,10 @@ from shoal.node.transport.bucket import Bucket
 from shoal.node.transport.channels import SLACK, Channel, Channels
 from shoal.node.transport.handler import Buffer, Handler
 from shoal.node.transport.link import Link, Outbox, Stream
+from shoal.node.wire import fields, frames, requests
+from shoal.node.wire.fields import WireError
+from shoal.node.wire.frames import FrameReader
+from shoal.node.wire.records import RecordReader
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +115,7 @@ class Transport:
         self.listen = listen
         self.limits = limits
         self.advertise = tuple(advertise)
-        self.wire = wire.Wire(admission.run, admission.verify, limits)
+        self.frames = FrameReader(RecordReader(admission.run, admission.verify), limits)
         self.proof = admission.prove(identity.peer)
         self.session = int.from_bytes(os.urandom(8), "big")
         self.port = 0
@@ -171,7 +174,7 @@ class Transport:
     def addresses(self) -> tuple[str, ...]:
         """Where others can reach this peer: multiaddrs without /p2p, most useful first."""
         told = self.advertise or own(self.listen.host, self.port)
-        return tuple(str(address.bare()) for address in told[: wire.ADDRESSES])
+        return tuple(str(address.bare()) for address in told[: fields.ADDRESSES])
 
     def links(self) -> list[LinkView]:
         """Return the open links."""
@@ -228,7 +231,7 @@ class Transport:
         self, peer: PeerId, payload: Hash, size: int, offset: int = 0
     ) -> AsyncGenerator[bytes, None]:
         """Yield a payload's bytes from `offset` on; raises PeerError. The hash is not checked."""
-        request = wire.encode_pull(payload, offset)
+        request = requests.encode_pull(payload, offset)
         async with aclosing(self._fetch(peer, "Pull", request, size - offset)) as chunks:
             async for chunk in chunks:
                 self.bytes_in["payloads"] += len(chunk)
@@ -238,7 +241,7 @@ class Transport:
         self, peer: PeerId, size: int, offset: int = 0
     ) -> AsyncGenerator[bytes, None]:
         """Yield the initial model's `size` bytes from `offset` on; raises PeerError."""
-        request = wire.encode_initial(offset)
+        request = requests.encode_initial(offset)
         async with aclosing(self._fetch(peer, "Initial", request, size - offset)) as chunks:
             async for chunk in chunks:
                 self.bytes_in["joining"] += len(chunk)
@@ -288,14 +291,14 @@ class Transport:
 
         try:
             async with asyncio.timeout(self.limits.handshake_timeout):
-                await write(wire.encode_hello(self._hello()))
+                await write(requests.encode_hello(self._hello()))
                 first = await read()
         except TimeoutError:
             raise PeerError("timeout", "connected, but it did not say Hello") from None
         if first is None:
             raise PeerError("refused", "it closed the link at once")
         channel.ready = True
-        hello = wire.decode_hello(first)
+        hello = requests.decode_hello(first)
         if refusal := self._judge(channel.peer, hello):
             raise PeerError("refused", refusal)
         return Stream(
@@ -332,7 +335,7 @@ class Transport:
         )
         self._hosts[host] += 1
         try:
-            await _write_context(context, wire.encode_hello(self._hello()))
+            await _write_context(context, requests.encode_hello(self._hello()))
             self._learn(peer, host, hello)
             await _first_of(self._run(stream), ended.wait())
         finally:
@@ -342,11 +345,11 @@ class Transport:
         if said:
             await context.abort(grpc.StatusCode.ABORTED, said)
 
-    async def _hear_hello(self, peer: PeerId, host: str, context: Context) -> wire.Hello:
+    async def _hear_hello(self, peer: PeerId, host: str, context: Context) -> requests.Hello:
         try:
             async with asyncio.timeout(self.limits.handshake_timeout):
                 first = await _read_context(context)
-            hello = wire.decode_hello(first or b"")
+            hello = requests.decode_hello(first or b"")
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no Hello came")
         except PeerError as error:
@@ -364,11 +367,11 @@ class Transport:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, "linked already")
         return hello
 
-    def _judge(self, peer: PeerId, hello: wire.Hello) -> str:
+    def _judge(self, peer: PeerId, hello: requests.Hello) -> str:
         """Return why a link after this Hello is refused, "" when it is not."""
-        if wire.VERSION not in hello.versions:
+        if fields.VERSION not in hello.versions:
             theirs = ", ".join(map(str, hello.versions)) or "none"
-            return f"protocol version {wire.VERSION} is spoken here, {theirs} there: update Shoal"
+            return f"protocol version {fields.VERSION} is spoken here, {theirs} there: update Shoal"
         if hello.run != self.admission.run:
             return f"this is run {self.admission.run.hex()}, you are in {hello.run.hex()}"
         if not self.admission.verify(peer, hello.admission):
@@ -478,8 +481,8 @@ class Transport:
     async def _take(self, peer: PeerId, data: bytes, answer: Callable[[Message], None]) -> None:
         """Check a frame and hand its messages on; a frame with anything bad in it is dropped."""
         try:
-            frame = self.wire.frame(data)
-        except wire.WireError as error:
+            frame = self.frames.read(data)
+        except WireError as error:
             self._blame(peer, error.reason)
             return
         # Whoever sends too much is read more slowly: TCP passes that on.
@@ -488,15 +491,17 @@ class Transport:
             await asyncio.sleep(toll)
         self._dispatch(peer, frame, answer)
 
-    def _dispatch(self, peer: PeerId, frame: wire.Frame, answer: Callable[[Message], None]) -> None:
+    def _dispatch(
+        self, peer: PeerId, frame: frames.Frame, answer: Callable[[Message], None]
+    ) -> None:
         for message, size in zip(frame.messages, frame.sizes, strict=True):
-            self.bytes_in[wire.kind_of(message)] += size
+            self.bytes_in[frames.kind_of(message)] += size
             if self._stopped or self._banned(peer):
                 return
             for each in self.handler.on_message(peer, message):
                 answer(each)
 
-    def _toll(self, peer: PeerId, frame: wire.Frame, size: int) -> float:
+    def _toll(self, peer: PeerId, frame: frames.Frame, size: int) -> float:
         now = _now()
         if peer not in self._buckets:
             self._buckets[peer] = (
@@ -527,7 +532,7 @@ class Transport:
         try:
             async with self._channels.use(peer, self._known.get(peer, ())) as channel:
                 while (batch := outbox.take()) and self._mail.get(peer) is outbox:
-                    frame = wire.stamp() + b"".join(data for _, data in batch)
+                    frame = frames.stamp() + b"".join(data for _, data in batch)
                     answers = await self._call(channel, "Deliver", frame)
                     for kind, data in batch:
                         self.bytes_out[kind] += len(data)
@@ -553,8 +558,8 @@ class Transport:
 
     async def _serve_deliver(self, peer: PeerId, request: bytes, context: Context) -> bytes:
         try:
-            frame = self.wire.frame(request)
-        except wire.WireError as error:
+            frame = self.frames.read(request)
+        except WireError as error:
             self._blame(peer, error.reason)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
         await _same_version(frame.version, context)
@@ -613,25 +618,25 @@ class Transport:
         return chunk if isinstance(chunk, bytes) and chunk else None
 
     async def _serve_pull(self, peer: PeerId, request: bytes, context: Context) -> None:
-        payload, offset, version = await self._read(peer, wire.decode_pull, request, context)
+        payload, offset, version = await self._read(peer, requests.decode_pull, request, context)
         await _same_version(version, context)
         data = self.handler.payload(payload)
         await self._pour(peer, data, offset, "payloads", context)
 
     async def _serve_initial(self, peer: PeerId, request: bytes, context: Context) -> None:
-        offset, version = await self._read(peer, wire.decode_initial, request, context)
+        offset, version = await self._read(peer, requests.decode_initial, request, context)
         await _same_version(version, context)
         await self._pour(peer, await self.handler.initial(), offset, "joining", context)
 
     async def _serve_genesis(self, peer: PeerId, request: bytes, context: Context) -> bytes:
-        version = await self._read(peer, wire.decode_genesis_request, request, context)
+        version = await self._read(peer, requests.decode_genesis_request, request, context)
         await _same_version(version, context)
-        answer = wire.encode_genesis_response(self.handler.genesis())
+        answer = requests.encode_genesis_response(self.handler.genesis())
         self.bytes_out["joining"] += len(answer)
         return answer
 
     async def _serve_snapshot(self, peer: PeerId, request: bytes, context: Context) -> bytes:
-        version = await self._read(peer, wire.decode_snapshot_request, request, context)
+        version = await self._read(peer, requests.decode_snapshot_request, request, context)
         await _same_version(version, context)
         answer = await self.handler.snapshot()
         self.bytes_out["joining"] += len(answer)
@@ -643,7 +648,7 @@ class Transport:
         """Return what is asked; who asks what makes no sense is told so."""
         try:
             return decode(request)
-        except wire.WireError as error:
+        except WireError as error:
             self._blame(peer, error.reason)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.reason)
 
@@ -674,18 +679,18 @@ class Transport:
 
     # ------------------------------------------------------------ below
 
-    def _hello(self) -> wire.Hello:
+    def _hello(self) -> requests.Hello:
         run, told = self.admission.run, self.addresses
-        return wire.Hello((wire.VERSION,), run, self.proof, told, self.session)
+        return requests.Hello((fields.VERSION,), run, self.proof, told, self.session)
 
-    def _learn(self, peer: PeerId, host: str, hello: wire.Hello) -> None:
+    def _learn(self, peer: PeerId, host: str, hello: requests.Hello) -> None:
         """Remember where a peer that dialled us says it listens, and where it came from."""
         told = [parse_bare(text) for text in hello.addresses]
         seen = [Address("ip6" if ":" in host else "ip4", host, a.port) for a in told[:1]]
         self._remember(peer, told + [address for address in seen if address not in told])
 
     def _remember(self, peer: PeerId, addresses: Sequence[Address]) -> None:
-        self._known[peer] = tuple(addresses[: wire.ADDRESSES + 1])
+        self._known[peer] = tuple(addresses[: fields.ADDRESSES + 1])
         self._known.move_to_end(peer)
         if len(self._known) > self.limits.members:
             self._known.popitem(last=False)
@@ -867,8 +872,8 @@ async def _first_of(*works: Coroutine[Any, Any, object]) -> None:
 
 
 async def _same_version(version: int, context: Context) -> None:
-    if version != wire.VERSION:
-        text = f"protocol version {wire.VERSION} is spoken here, {version} there: update Shoal"
+    if version != fields.VERSION:
+        text = f"protocol version {fields.VERSION} is spoken here, {version} there: update Shoal"
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from shoal.gossip import messages as m
 from shoal.gossip.names import PeerId
-from shoal.node import wire
+from shoal.node.wire import frames
 
 FRAME_BYTES = 256 << 10
 """Waiting messages are joined into frames of about this size."""
@@ -49,11 +49,11 @@ class Outbox:
     def put(self, message: m.Message, *, frame: int) -> bool:
         """Take a message; False when it does not fit and was dropped."""
         queue = self._urgent if isinstance(message, URGENT) else self._waiting
-        for part in wire.split(message, frame):
-            data = wire.encode(part)
+        for part in frames.split(message, frame):
+            data = frames.encode(part)
             if len(data) > frame or self.size + len(data) > self.most:
                 return False
-            queue.append((wire.kind_of(part), data))
+            queue.append((frames.kind_of(part), data))
             self.size += len(data)
         return True
 

@@ -4,7 +4,6 @@ import grpc
 
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import PeerId, digest
-from shoal.node import wire
 from shoal.node.addresses import Address
 from shoal.node.admission import Admission
 from shoal.node.errors import PeerError
@@ -12,6 +11,7 @@ from shoal.node.identity import Identity, peer_text
 from shoal.node.transport import dial
 from shoal.node.transport.channels import SLACK
 from shoal.node.transport.grpc import SERVICE, Unary, told
+from shoal.node.wire import requests
 
 
 async def fetch_genesis(
@@ -35,12 +35,12 @@ async def fetch_genesis(
             f"{address} names no peer, {there} answers there: if that is the right one, put "
             f"/p2p/{there} before /run",
         )
-    admission, request = Admission(address.run, secret), wire.encode_genesis_request()
+    admission, request = Admission(address.run, secret), requests.encode_genesis_request()
     most, timeout = limits.genesis_bytes, limits.call_timeout
     answer = await _ask(
         address, address.peer, "Genesis", request, admission, identity, limits, most, timeout
     )
-    genesis = wire.decode_genesis_response(answer)
+    genesis = requests.decode_genesis_response(answer)
     if len(genesis) > limits.genesis_bytes:
         raise PeerError("oversize", f"a genesis of {len(genesis)} bytes")
     if bytes(digest(genesis)) != bytes(address.run):
@@ -52,7 +52,7 @@ async def fetch_snapshot(
     address: Address, peer: PeerId, admission: Admission, identity: Identity, limits: Limits
 ) -> bytes:
     """Return what `peer` gives to joiners in place of the log, unchecked; raises PeerError."""
-    request, most = wire.encode_snapshot_request(), limits.message_bytes
+    request, most = requests.encode_snapshot_request(), limits.message_bytes
     timeout = limits.snapshot_timeout
     return await _ask(
         address, peer, "Snapshot", request, admission, identity, limits, most, timeout

@@ -98,12 +98,15 @@ def wire_target() -> Any:
     """Return the function that parses an input as a message of another peer."""
     from shoal.gossip.limits import Limits
     from shoal.gossip.names import RunId
-    from shoal.node.wire import Wire, WireError
+    from shoal.node.wire.fields import WireError
+    from shoal.node.wire.frames import FrameReader
+    from shoal.node.wire.records import RecordReader
 
-    parser = Wire(RunId(bytes(32)), lambda peer, proof: True, Limits())
+    records = RecordReader(RunId(bytes(32)), lambda peer, proof: True)
+    frames = FrameReader(records, Limits())
 
     def target(data: bytes) -> None:
-        for parse in (parser.frame, parser.record):
+        for parse in (frames.read, records.read):
             try:
                 parse(data)
             except WireError:

@@ -20,7 +20,6 @@ from shoal.gossip import messages as m
 from shoal.gossip import records as r
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import Author, Hash, PeerId, RunId, digest
-from shoal.node import wire
 from shoal.node.addresses import Address, Listen, parse, parse_bare
 from shoal.node.admission import Admission, Credentials
 from shoal.node.errors import ConfigError, PeerError
@@ -29,6 +28,8 @@ from shoal.node.transport import dial
 from shoal.node.transport.grpc import SERVICE, Transport
 from shoal.node.transport.handler import Buffer
 from shoal.node.transport.newcomer import fetch_genesis, fetch_snapshot
+from shoal.node.wire import frames, requests
+from shoal.node.wire.records import Sealer
 from shoal.proto.v1 import gossip_pb2 as pb
 from shoal.proto.v1.gossip_pb2_grpc import GossipServiceStub
 
@@ -184,7 +185,7 @@ async def test_three_peers_link_and_talk() -> None:
 async def test_records_arrive_checked_and_counted() -> None:
     a, b = node(), node()
     update = r.Update(Author(a.peer, 1), 1, 1, "dense", digest(b"x"), 100)
-    record = wire.Sealer(a.identity, RUN).seal(update)
+    record = Sealer(a.identity, RUN).seal(update)
     async with running(a, b):
         await link(a, b)
         for _ in range(300):
@@ -316,7 +317,7 @@ async def test_messages_to_a_peer_that_does_not_read_are_dropped_within_bounds()
 @on_a_loop
 async def test_who_sends_too_much_is_read_more_slowly() -> None:
     a, b = node(), node(limits=replace(LIMITS, records_per_second=100.0))
-    seal = wire.Sealer(a.identity, RUN).seal
+    seal = Sealer(a.identity, RUN).seal
     async with running(a, b):
         await link(a, b)
         records = [seal(r.Leave(a.peer, number)) for number in range(500)]
@@ -462,20 +463,20 @@ async def hello_outcome(to: Node, who: Identity, first: bytes) -> tuple[grpc.Sta
 @on_a_loop
 async def test_a_hello_that_does_not_fit_is_refused_with_the_reason() -> None:
     b, who = node(), Identity.generate()
-    good = wire.Hello((1,), RUN, OPEN.prove(who.peer), (), 7)
+    good = requests.Hello((1,), RUN, OPEN.prove(who.peer), (), 7)
     precondition, malformed = (
         grpc.StatusCode.FAILED_PRECONDITION,
         grpc.StatusCode.INVALID_ARGUMENT,
     )
     cases = [
-        (wire.encode_hello(replace(good, versions=(2, 3))), precondition, "2, 3 there"),
-        (wire.encode_hello(replace(good, versions=())), precondition, "none there"),
-        (wire.encode_hello(replace(good, run=RunId(bytes(32)))), precondition, "00000000"),
-        (wire.encode_hello(replace(good, admission=bytes(64))), precondition, "admission"),
-        (wire.encode_hello(replace(good, addresses=("x",))), malformed, "no address"),
-        (wire.encode(m.Ping(1)), malformed, "Hello"),
+        (requests.encode_hello(replace(good, versions=(2, 3))), precondition, "2, 3 there"),
+        (requests.encode_hello(replace(good, versions=())), precondition, "none there"),
+        (requests.encode_hello(replace(good, run=RunId(bytes(32)))), precondition, "00000000"),
+        (requests.encode_hello(replace(good, admission=bytes(64))), precondition, "admission"),
+        (requests.encode_hello(replace(good, addresses=("x",))), malformed, "no address"),
+        (frames.encode(m.Ping(1)), malformed, "Hello"),
         (b"garbage", malformed, ""),
-        (bytes(wire.HELLO_BYTES + 1), malformed, "bytes"),
+        (bytes(requests.HELLO_BYTES + 1), malformed, "bytes"),
     ]
     async with running(b):
         for first, code, said in cases:
@@ -718,7 +719,9 @@ async def open_stream(
         call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/Link")(
             timeout=20
         )
-        await call.write(wire.encode_hello(wire.Hello((1,), RUN, OPEN.prove(who.peer), (), 7)))
+        await call.write(
+            requests.encode_hello(requests.Hello((1,), RUN, OPEN.prove(who.peer), (), 7))
+        )
         await call.read()
         yield call
 
@@ -726,13 +729,13 @@ async def open_stream(
 @on_a_loop
 async def test_bad_frames_are_dropped_counted_once_and_the_link_goes_on() -> None:
     b, who = node(limits=replace(LIMITS, message_bytes=100_000)), Identity.generate()
-    elsewhere = wire.Sealer(who, RunId(bytes(32))).seal(r.Leave(who.peer, 1))
+    elsewhere = Sealer(who, RunId(bytes(32))).seal(r.Leave(who.peer, 1))
     async with running(b), open_stream(b, who) as call:
         await call.write(b"\xff\xff garbage")
-        await call.write(wire.encode(m.Push((elsewhere,))) + wire.encode(m.Ping(1)))
+        await call.write(frames.encode(m.Push((elsewhere,))) + frames.encode(m.Ping(1)))
         await call.write(bytes(100_001))
-        await call.write(wire.encode(m.Vouch(who.peer, bytes(64))))
-        await call.write(wire.encode(m.Ping(2)))
+        await call.write(frames.encode(m.Vouch(who.peer, bytes(64))))
+        await call.write(frames.encode(m.Ping(2)))
         await until(lambda: b.owner.heard)
         assert b.owner.heard == [(who.peer, m.Ping(2))]
         reasons = ["malformed", "signature", "oversize", "admission"]
@@ -754,7 +757,7 @@ async def test_a_frame_beyond_grpcs_own_bound_ends_the_link_only() -> None:
 @on_a_loop
 async def test_a_flood_of_calls_is_refused() -> None:
     b, who = node(limits=replace(LIMITS, bytes_per_second=1000.0)), Identity.generate()
-    frame = wire.stamp() + wire.encode(m.Announce(tuple(Hash(bytes(32)) for _ in range(50))))
+    frame = frames.stamp() + frames.encode(m.Announce(tuple(Hash(bytes(32)) for _ in range(50))))
     async with running(b), raw(b, OPEN.credentials(who)) as channel:
         stub = GossipServiceStub(channel)
         codes = [await outcome(stub.Deliver(pb.DeliverRequest.FromString(frame))) for _ in range(5)]
@@ -917,7 +920,7 @@ async def test_one_peer_can_not_take_all_transfers() -> None:
         pull: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
             f"/{SERVICE}/Pull"
         )
-        request = wire.encode_pull(digest(data), 0)
+        request = requests.encode_pull(digest(data), 0)
         calls = [pull(request), pull(request)]
         for call in calls:
             assert await call.read()

@@ -17,7 +17,9 @@ from shoal.gossip.protocol import Protocol
 from shoal.gossip.run import Held, Run
 from shoal.node.admission import Admission
 from shoal.node.identity import Identity
-from shoal.node.wire import Sealer, Wire, WireError, encode
+from shoal.node.wire.fields import WireError
+from shoal.node.wire.frames import FrameReader, encode
+from shoal.node.wire.records import RecordReader, Sealer
 
 RUN = RunId(bytes(range(32)))
 ADMISSION = Admission(RUN)
@@ -26,13 +28,13 @@ HERE = ("/ip4/127.0.0.1/tcp/7464",)
 
 
 class Victim:
-    """A core with a key and a wire of its own; the test is its driver, and its disk."""
+    """A core with a key and a reader of its own; the test is its driver, and its disk."""
 
     def __init__(self, *, alone: bool = True, limits: Limits | None = None) -> None:
         self.identity = Identity.generate()
         self.limits = limits or Limits()
         self.now = 100.0
-        self.wire = Wire(RUN, ADMISSION.verify, self.limits)
+        self.frames = FrameReader(RecordReader(RUN, ADMISSION.verify), self.limits)
         self.disk: dict[Key, r.Record] = {}
         self.asked: list[ev.StartTurn] = []
         self.pulls: list[ev.Pull] = []
@@ -74,7 +76,7 @@ class Victim:
     def hear(self, peer: "Member", *messages: m.Message) -> None:
         for message in messages:
             try:
-                frame = self.wire.frame(encode(message))
+                frame = self.frames.read(encode(message))
             except WireError as error:
                 self.feed(ev.Misbehaved(peer.peer, error.reason))
                 continue
@@ -322,9 +324,9 @@ def test_lies_of_every_kind_take_bounded_memory() -> None:
 
 
 def test_a_frame_of_many_small_messages_is_refused() -> None:
-    wire = Wire(RUN, ADMISSION.verify, Limits())
+    frames = FrameReader(RecordReader(RUN, ADMISSION.verify), Limits())
     with pytest.raises(WireError, match="messages in one frame"):
-        wire.frame(encode(m.Ping(1)) * 2000)
+        frames.read(encode(m.Ping(1)) * 2000)
 
 
 def test_refusals_are_counted_by_rule_not_by_what_the_author_wrote() -> None:

@@ -37,7 +37,7 @@ from shoal.node.replay import CHECKPOINT, DAEMON, Compared
 from shoal.node.segments import Bounds, Disk, Head, Kind, Segments, check_of
 from shoal.node.status import State, Status
 from shoal.node.store import Store
-from shoal.node.wire import Sealer, Wire
+from shoal.node.wire.records import RecordReader, Sealer
 
 TURNS, CLOSED, SAVED = 8, 6, 7
 """Turns; the number of which the last author signs two updates; turns in the early checkpoint."""
@@ -180,7 +180,7 @@ class Making:
         held = self.store.record(eve, CLOSED)
         assert held is not None
         other = this.seal(EVE, this.update(EVE, CLOSED, CLOSED, this.payloads[BOB, 1]))
-        one = Wire(this.genesis.run_id, lambda peer, proof: True, Limits()).record(held)
+        one = RecordReader(this.genesis.run_id, lambda peer, proof: True).read(held)
         first, second = sorted((one, other), key=lambda record: record.id)
         self.store.append(this.seal(EVE, Proof(eve, CLOSED, first.raw, second.raw)))
         taken = list(range(TURNS, CLOSED - 1, -1))

@@ -17,7 +17,7 @@ from shoal.gossip.limits import Limits
 from shoal.gossip.names import Author, Hash, PeerId, RunId, digest
 from shoal.gossip.records import Record, Update
 from shoal.gossip.snapshot import Line
-from shoal.node import pipe, snapshots, wire
+from shoal.node import pipe, snapshots
 from shoal.node.addresses import Address
 from shoal.node.admission import Admission
 from shoal.node.duties import Duties
@@ -25,7 +25,8 @@ from shoal.node.errors import ConfigError
 from shoal.node.identity import Identity
 from shoal.node.snapshots import Donor
 from shoal.node.store import Store
-from shoal.node.wire import WireError
+from shoal.node.wire import requests
+from shoal.node.wire.fields import WireError
 
 ALICE, BOB = Author(PeerId(b"a" * 32), 7), Author(PeerId(b"b" * 32), 8)
 ME, OTHER = b"m" * 32, b"o" * 32
@@ -82,7 +83,9 @@ def test_a_snapshot_survives_the_wire(
     lines: tuple[Line, ...], low: int, high: int, sums: bytes
 ) -> None:
     donor = PeerId(b"d" * 32)
-    snapshot, again = wire.decode_snapshot(wire.encode_snapshot(lines, (low, high), sums), donor)
+    snapshot, again = requests.decode_snapshot(
+        requests.encode_snapshot(lines, (low, high), sums), donor
+    )
     assert (snapshot.donor, snapshot.lines, snapshot.fingerprint) == (donor, lines, (low, high))
     assert again == sums
 
@@ -97,7 +100,7 @@ def test_a_snapshot_that_makes_no_sense_is_refused(fault: str) -> None:
         "length": [one, replace(two, hash=Hash(b"short"))],
     }[fault]
     with pytest.raises(WireError):
-        wire.decode_snapshot(wire.encode_snapshot(lines, (1, 2), SUMS), PeerId(b"d" * 32))
+        requests.decode_snapshot(requests.encode_snapshot(lines, (1, 2), SUMS), PeerId(b"d" * 32))
 
 
 # ---------------------------------------------------------------- who gives one
@@ -127,7 +130,7 @@ def donor(frontier: Frontier, worker: Worker, log_bytes: int = 10_000) -> tuple[
 def test_a_snapshot_says_where_the_log_goes_on() -> None:
     frontier, counts = filled(5), ((ALICE, 3), (BOB, 5))
     one, _ = donor(frontier, Worker((counts, (7, 8), SUMS)))
-    told, sums = wire.decode_snapshot(asyncio.run(one.give()), PeerId(b"d" * 32))
+    told, sums = requests.decode_snapshot(asyncio.run(one.give()), PeerId(b"d" * 32))
     assert told.counts() == counts
     assert told.lines[0].hash == frontier.logs[ALICE].hash_at(3)
     assert told.lines[0].turn == 3
@@ -145,7 +148,7 @@ def test_it_is_made_once_in_a_while_for_however_many_ask() -> None:
     assert len(set(asyncio.run(many()))) == 1
     assert worker.asked == 1
     now[0] = snapshots.PINNED
-    told, _ = wire.decode_snapshot(asyncio.run(one.give()), PeerId(b"d" * 32))
+    told, _ = requests.decode_snapshot(asyncio.run(one.give()), PeerId(b"d" * 32))
     assert told.counts() == ((ALICE, 4),)
 
 
@@ -178,7 +181,7 @@ def test_a_short_log_is_better_unless_it_is_not_whole() -> None:
     cut = Frontier()
     cut.start([Line(ALICE, 3, digest(b"hash"), 3)])
     short, _ = donor(cut, Worker(answer), log_bytes=100)
-    told, _ = wire.decode_snapshot(asyncio.run(short.give()), PeerId(b"d" * 32))
+    told, _ = requests.decode_snapshot(asyncio.run(short.give()), PeerId(b"d" * 32))
     assert told.counts() == counts
     assert told.lines[0].hash == digest(b"hash")
 
@@ -197,7 +200,7 @@ def test_what_was_kept_is_there_again_and_can_be_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = Line(ALICE, 3, digest(b"hash"), 3)
-    given = {b"a" * 32: b"garbage", b"b" * 32: wire.encode_snapshot([line], (5, 6), SUMS)}
+    given = {b"a" * 32: b"garbage", b"b" * 32: requests.encode_snapshot([line], (5, 6), SUMS)}
 
     async def fetch(address: Any, peer: PeerId, *_: object) -> bytes:
         return given[bytes(peer)]
@@ -409,7 +412,7 @@ def test_what_was_given_out_is_not_given_again_once_it_does_not_stand() -> None:
     one, _ = donor(frontier, Worker((counts, (7, 8), SUMS), (later, (5, 6), SUMS)))
     assert asyncio.run(one.give())
     frontier.close(ALICE, 2)
-    told, _ = wire.decode_snapshot(asyncio.run(one.give()), PeerId(b"d" * 32))
+    told, _ = requests.decode_snapshot(asyncio.run(one.give()), PeerId(b"d" * 32))
     assert (told.counts(), told.fingerprint) == (later, (5, 6))
 
 

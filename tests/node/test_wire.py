@@ -11,10 +11,13 @@ from shoal.gossip import messages as m
 from shoal.gossip import records as r
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import NO_HASH, Author, Hash, PeerId, RunId, digest
-from shoal.node import wire
 from shoal.node.admission import Admission
 from shoal.node.identity import Identity
-from shoal.node.wire import REASONS, Hello, Sealer, Wire, WireError
+from shoal.node.wire import fields, frames, records, requests
+from shoal.node.wire.fields import REASONS, WireError
+from shoal.node.wire.frames import FrameReader
+from shoal.node.wire.records import RecordReader, Sealer
+from shoal.node.wire.requests import Hello
 from shoal.proto.v1 import gossip_pb2 as pb
 from shoal.proto.v1 import records_pb2 as rpb
 
@@ -33,8 +36,12 @@ floats = st.floats(allow_nan=False)
 kinds = st.from_regex(r"\A[a-z0-9][a-z0-9._-]{0,63}\Z")
 
 
-def fresh() -> Wire:
-    return Wire(RUN, ADMISSION.verify, Limits())
+def fresh() -> RecordReader:
+    return RecordReader(RUN, ADMISSION.verify)
+
+
+def reader(limits: Limits | None = None) -> FrameReader:
+    return FrameReader(fresh(), limits or Limits())
 
 
 def inline(log: int, number: int, turn: int, kind: str, data: bytes) -> r.Update:
@@ -94,14 +101,14 @@ proofs = st.builds(proof_of, updates, u32)
 @given(statements | proofs)
 def test_every_statement_arrives_unchanged(statement: r.Statement) -> None:
     record = SEALER.seal(statement)
-    heard = fresh().record(record.raw)
+    heard = fresh().read(record.raw)
     assert heard == record
     assert heard.statement == statement
 
 
 def test_numbers_that_are_none_arrive_too() -> None:
     record = SEALER.seal(r.Progress(ME.peer, 1, (), NO_HASH, (0, 0), r.Report(loss=float("nan"))))
-    heard = fresh().record(record.raw).statement
+    heard = fresh().read(record.raw).statement
     assert isinstance(heard, r.Progress)
     assert heard.report.loss != heard.report.loss
 
@@ -143,19 +150,19 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
 
 @given(st.lists(messages, max_size=4))
 def test_every_message_arrives_unchanged_in_frames_of_any_length(told: list[m.Message]) -> None:
-    frame = fresh().frame(b"".join(wire.encode(message) for message in told))
+    frame = reader().read(b"".join(frames.encode(message) for message in told))
     assert list(frame.messages) == told
     assert len(frame.sizes) == len(told)
 
 
 @given(st.lists(statements.map(SEALER.seal), max_size=6), st.integers(200, 3000))
 def test_a_large_push_is_split_and_loses_nothing(records: list[r.Record], most: int) -> None:
-    parts = list(wire.split(m.Push(tuple(records)), most))
+    parts = list(frames.split(m.Push(tuple(records)), most))
     told = [record for part in parts if isinstance(part, m.Push) for record in part.records]
     assert told == records
     for part in parts:
         assert isinstance(part, m.Push)
-        assert len(part.records) <= 1 or len(wire.encode(part)) <= most
+        assert len(part.records) <= 1 or len(frames.encode(part)) <= most
 
 
 RECORDS = {
@@ -175,13 +182,13 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_change_of_one_byte_is_noticed(name: str) -> None:
     raw, parse = RECORDS[name].raw, fresh()
-    assert parse.record(raw) == RECORDS[name]
+    assert parse.read(raw) == RECORDS[name]
     for place in range(len(raw)):
         for flip in (0x01, 0x80, 0xFF):
             changed = bytearray(raw)
             changed[place] ^= flip
             with pytest.raises(WireError) as caught:
-                parse.record(bytes(changed))
+                parse.read(bytes(changed))
             assert caught.value.reason in REASONS
 
 
@@ -190,13 +197,13 @@ def test_a_record_cut_off_or_drawn_out_is_noticed(name: str) -> None:
     raw, parse = RECORDS[name].raw, fresh()
     for changed in (*(raw[:end] for end in range(len(raw))), raw + b"\0", raw + raw):
         with pytest.raises(WireError):
-            parse.record(changed)
+            parse.read(changed)
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_signed_for_another_run_is_nobodys(name: str) -> None:
     with pytest.raises(WireError) as caught:
-        Wire(OTHER, ADMISSION.verify, Limits()).record(RECORDS[name].raw)
+        RecordReader(OTHER, ADMISSION.verify).read(RECORDS[name].raw)
     assert caught.value.reason == "signature"
 
 
@@ -213,16 +220,16 @@ def reason_of(decode: Callable[[bytes], object], data: bytes) -> str:
 def test_random_bytes_raise_wire_errors_only(data: bytes) -> None:
     parse = fresh()
     decoders: list[Callable[[bytes], object]] = [
-        parse.record,
-        parse.frame,
-        wire.decode_hello,
-        wire.decode_pull,
-        wire.decode_initial,
-        wire.decode_genesis_request,
-        wire.decode_genesis_response,
-        wire.decode_snapshot_request,
-        lambda data: wire.decode_snapshot(data, ME.peer),
-        lambda body: parse.record(bytes(64) + body),
+        parse.read,
+        reader().read,
+        requests.decode_hello,
+        requests.decode_pull,
+        requests.decode_initial,
+        requests.decode_genesis_request,
+        requests.decode_genesis_response,
+        requests.decode_snapshot_request,
+        lambda data: requests.decode_snapshot(data, ME.peer),
+        lambda body: parse.read(bytes(64) + body),
     ]
     for decode in decoders:
         assert reason_of(decode, data) in REASONS | {"good"}
@@ -231,17 +238,17 @@ def test_random_bytes_raise_wire_errors_only(data: bytes) -> None:
 @settings(max_examples=500)
 @given(st.lists(messages, min_size=1, max_size=3), st.data())
 def test_damaged_frames_raise_wire_errors_only(told: list[m.Message], data: st.DataObject) -> None:
-    frame = bytearray(b"".join(wire.encode(message) for message in told))
+    frame = bytearray(b"".join(frames.encode(message) for message in told))
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(frame) - 1))
         frame[place] = data.draw(st.integers(0, 255))
-    assert reason_of(fresh().frame, bytes(frame)) in REASONS | {"good"}
+    assert reason_of(reader().read, bytes(frame)) in REASONS | {"good"}
 
 
 def signed(body: rpb.Body) -> bytes:
     """Sign a body that Sealer would never make."""
     data = body.SerializeToString()
-    return ME.sign(wire.DOMAIN + RUN + data) + data
+    return ME.sign(records.DOMAIN + RUN + data) + data
 
 
 def update(**fields: object) -> rpb.Update:
@@ -292,31 +299,31 @@ def test_a_signed_body_that_means_nothing_is_malformed(name: str) -> None:
     body = BODIES[name]
     body.author = ME.peer
     with pytest.raises(WireError) as caught:
-        fresh().record(signed(body))
+        fresh().read(signed(body))
     assert caught.value.reason == "malformed"
 
 
 @pytest.mark.parametrize("author", [b"", b"short", bytes(32), b"x" * 33])
 def test_a_body_of_another_author_is_refused(author: bytes) -> None:
     with pytest.raises(WireError):
-        fresh().record(signed(rpb.Body(author=author, leave=rpb.Leave(incarnation=1))))
+        fresh().read(signed(rpb.Body(author=author, leave=rpb.Leave(incarnation=1))))
 
 
 @pytest.mark.parametrize("admission", [b"", bytes(64), PROOF[:-1], PROOF + b"x", bytes(1000)])
 def test_a_wrong_proof_of_admission_is_refused(admission: bytes) -> None:
     contact = rpb.Contact(addresses=["/ip4/10.0.0.1/tcp/7"], admission=admission)
     with pytest.raises(WireError) as caught:
-        fresh().record(signed(rpb.Body(author=ME.peer, contact=contact)))
+        fresh().read(signed(rpb.Body(author=ME.peer, contact=contact)))
     assert caught.value.reason == "admission"
     with pytest.raises(WireError) as caught:
-        fresh().frame(wire.encode(m.Vouch(ME.peer, admission)))
+        reader().read(frames.encode(m.Vouch(ME.peer, admission)))
     assert caught.value.reason == "admission"
 
 
 def test_a_size_that_breaks_a_run_s_rules_is_still_a_record() -> None:
     """Rules decide what a genuine update counts, never whether it is one (design 3.3)."""
     record = SEALER.seal(by_hash(1, 1, 1, "no-such-kind", digest(b""), 2**64 - 1))
-    assert fresh().record(record.raw) == record
+    assert fresh().read(record.raw) == record
 
 
 def sealed(statement: r.Proof) -> bytes:
@@ -343,7 +350,7 @@ def false_proofs() -> dict[str, bytes]:
         "no updates": sealed(proof(alive.raw, alive.raw)),
         "no records": sealed(proof(b"x", b"y")),
         "a proof in a proof": sealed(proof(good, good)),
-        "with a signature": ME.sign(wire.DOMAIN + RUN + good[64:]) + good[64:],
+        "with a signature": ME.sign(records.DOMAIN + RUN + good[64:]) + good[64:],
         "with an author": bytes(64) + body.SerializeToString(),
         "with an unknown field": good + b"\xf8\x07\x01",
         "too long": sealed(proof(bytes(2000), bytes(2000))),
@@ -353,7 +360,7 @@ def false_proofs() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", false_proofs())
 def test_a_proof_that_proves_nothing_is_refused(name: str) -> None:
     with pytest.raises(WireError):
-        fresh().record(false_proofs()[name])
+        fresh().read(false_proofs()[name])
 
 
 def test_a_proof_of_updates_in_another_run_is_refused() -> None:
@@ -361,15 +368,15 @@ def test_a_proof_of_updates_in_another_run_is_refused() -> None:
     pair = [elsewhere.seal(by_hash(7, 1, turn, "dense", digest(b"p"), 9)) for turn in (1, 2)]
     pair.sort(key=lambda record: record.id)
     with pytest.raises(WireError):
-        fresh().record(sealed(r.Proof(Author(ME.peer, 7), 1, pair[0].raw, pair[1].raw)))
+        fresh().read(sealed(r.Proof(Author(ME.peer, 7), 1, pair[0].raw, pair[1].raw)))
 
 
 def test_oversized_things_are_refused_before_they_are_parsed() -> None:
     limits = Limits(message_bytes=100)
     for parse in (
-        lambda: Wire(RUN, ADMISSION.verify, limits).frame(bytes(101)),
-        lambda: fresh().record(bytes(wire.RECORD_BYTES + 1)),
-        lambda: wire.decode_hello(bytes(wire.HELLO_BYTES + 1)),
+        lambda: reader(limits).read(bytes(101)),
+        lambda: fresh().read(bytes(records.RECORD_BYTES + 1)),
+        lambda: requests.decode_hello(bytes(requests.HELLO_BYTES + 1)),
     ):
         with pytest.raises(WireError) as caught:
             parse()
@@ -408,10 +415,10 @@ FRAMES = {
 @pytest.mark.parametrize("name", FRAMES)
 def test_one_bad_message_drops_its_frame(name: str) -> None:
     bad = pb.DeliverRequest(messages=[FRAMES[name]]).SerializeToString()
-    good = wire.encode(m.Ping(1))
+    good = frames.encode(m.Ping(1))
     for frame in (bad, good + bad, bad + good):
         with pytest.raises(WireError):
-            fresh().frame(frame)
+            reader().read(frame)
 
 
 def test_a_duplicate_costs_no_signature_check() -> None:
@@ -421,28 +428,28 @@ def test_a_duplicate_costs_no_signature_check() -> None:
         asked.append(peer)
         return ADMISSION.verify(peer, proof)
 
-    parse = Wire(RUN, admitted, Limits())
-    first = parse.record(RECORDS["contact"].raw)
-    assert parse.record(bytes(bytearray(RECORDS["contact"].raw))) is first
+    parse = RecordReader(RUN, admitted)
+    first = parse.read(RECORDS["contact"].raw)
+    assert parse.read(bytes(bytearray(RECORDS["contact"].raw))) is first
     assert asked == [ME.peer]
 
 
 def test_the_memory_of_checked_records_is_bounded() -> None:
-    parse = Wire(RUN, ADMISSION.verify, Limits(), cache_bytes=20_000)
+    parse = RecordReader(RUN, ADMISSION.verify, cache_bytes=20_000)
     for number in range(1, 200):
-        parse.record(SEALER.seal(by_hash(1, number, 1, "dense", digest(b""), 1)).raw)
+        parse.read(SEALER.seal(by_hash(1, number, 1, "dense", digest(b""), 1)).raw)
     assert parse.cached_bytes <= 20_000
 
 
 def test_what_swarms_say_most_often_is_small() -> None:
-    assert len(wire.encode(m.Ping(2**63))) <= 16
-    assert len(wire.encode(m.Ack(2**63))) <= 16
+    assert len(frames.encode(m.Ping(2**63))) <= 16
+    assert len(frames.encode(m.Ack(2**63))) <= 16
     assert len(RECORDS["update"].raw) <= 160
     entry = m.Entry(Author(ME.peer, 2**63), 1000, NO_HASH)
-    assert len(wire.encode(m.Digest((entry,), False, NO_HASH, 2**63, True))) <= 130
+    assert len(frames.encode(m.Digest((entry,), False, NO_HASH, 2**63, True))) <= 130
     view = [0] * 256
     view[3], view[77] = 2**63, 2**62
-    assert len(wire.encode(m.ViewDigest(tuple(view)))) <= 32
+    assert len(frames.encode(m.ViewDigest(tuple(view)))) <= 32
 
 
 def test_nobody_signs_for_another() -> None:
@@ -461,14 +468,18 @@ def test_hello_arrives_unchanged(
     versions: tuple[int, ...], addresses: tuple[str, ...], session: int
 ) -> None:
     hello = Hello(versions, RUN, PROOF, addresses, session)
-    assert wire.decode_hello(wire.encode_hello(hello)) == hello
+    assert requests.decode_hello(requests.encode_hello(hello)) == hello
 
 
 @given(hashes, u64)
 def test_requests_arrive_unchanged(payload: Hash, offset: int) -> None:
-    assert wire.decode_pull(wire.encode_pull(payload, offset)) == (payload, offset, wire.VERSION)
-    assert wire.decode_initial(wire.encode_initial(offset)) == (offset, wire.VERSION)
-    assert wire.decode_genesis_request(wire.encode_genesis_request()) == wire.VERSION
+    assert requests.decode_pull(requests.encode_pull(payload, offset)) == (
+        payload,
+        offset,
+        fields.VERSION,
+    )
+    assert requests.decode_initial(requests.encode_initial(offset)) == (offset, fields.VERSION)
+    assert requests.decode_genesis_request(requests.encode_genesis_request()) == fields.VERSION
 
 
 def test_the_signed_bytes_are_those_of_the_design() -> None:
@@ -492,4 +503,4 @@ def test_the_signed_bytes_are_those_of_the_design() -> None:
 )
 def test_a_number_that_nobody_can_outbid_is_refused(statement: r.Statement) -> None:
     with pytest.raises(WireError, match="nobody can outbid"):
-        fresh().record(SEALER.seal(statement).raw)
+        fresh().read(SEALER.seal(statement).raw)

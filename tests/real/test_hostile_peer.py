@@ -18,12 +18,12 @@ from shoal.gossip import messages as m
 from shoal.gossip import records as r
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import NO_HASH, Author, Hash, PeerId, RunId, digest
-from shoal.node import wire
 from shoal.node.addresses import Address, Listen, parse_join
 from shoal.node.admission import Admission
 from shoal.node.identity import Identity
 from shoal.node.transport.grpc import Transport
-from shoal.node.wire import Sealer
+from shoal.node.wire.frames import encode
+from shoal.node.wire.records import Sealer, encode_body
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -182,7 +182,7 @@ async def unreadable_frames(front: Front) -> None:
         front.raw(liar, bytes((4 << 20) + 1000))
         await front.counted("dropped", "oversize")
     async with front.liar() as liar:
-        front.raw(liar, wire.encode(m.Ping(1)) * 100_000)
+        front.raw(liar, encode(m.Ping(1)) * 100_000)
         await front.counted("dropped", "oversize")
     async with front.liar() as liar:
         front.raw(liar, bytes(8 << 20))  # gRPC itself ends this one
@@ -197,7 +197,7 @@ async def false_records(front: Front) -> None:
         elsewhere = Sealer(liar.identity, RunId(bytes(32)))
         front.push(liar, elsewhere.seal(r.Alive(liar.peer, 4, 5, r.Standing.OBSERVING)))
         bad = r.Contact(Identity.generate().peer, 1, (), bytes(64))
-        body = wire._body(bad)
+        body = encode_body(bad)
         front.push(liar, r.Record(NO_HASH, bytes(64) + body, bad))
     async with front.liar() as liar:
         top = 2**64 - 1

@@ -10,10 +10,11 @@ import pytest
 from support.daemons import Daemon, agree
 
 from shoal.gossip.limits import Limits
-from shoal.node import cli, snapshots, wire
+from shoal.node import cli, snapshots
 from shoal.node.home import Home
 from shoal.node.replay import Options, replay
 from shoal.node.status import State
+from shoal.node.wire import requests
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(300)]
 RUNS = ["mezo", "one-byte", "fedkseed", "ferret", "subspace", "two-planes"]
@@ -170,7 +171,7 @@ def test_who_has_been_given_what_is_no_snapshot_fetches_the_log(tmp_path: Path) 
             if wrong is None:
                 kept.write_bytes(whole[:-1])
             else:
-                told = wire.encode_snapshot(snapshot.lines, snapshot.fingerprint, wrong)
+                told = requests.encode_snapshot(snapshot.lines, snapshot.fingerprint, wrong)
                 kept.write_bytes(snapshots._sealed(genesis.run_id, bytes(snapshot.donor) + told))
             assert cli.main(["export", str(model), str(b.directory)]) == 2
             assert not model.exists()

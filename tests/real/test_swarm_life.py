@@ -22,7 +22,7 @@ from shoal.node.admission import Admission
 from shoal.node.identity import Identity
 from shoal.node.status import State, Status
 from shoal.node.transport.grpc import Transport
-from shoal.node.wire import Sealer
+from shoal.node.wire.records import Sealer
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 
