@@ -18,7 +18,7 @@ from shoal.node.genesis import Genesis
 from shoal.node.home import Home
 from shoal.node.identity import Identity
 from shoal.node.supervisor import Supervisor, WorkerDied, command, environment
-from shoal.node.transport.grpc import check_listen
+from shoal.node.transport.listen import check_listen
 from shoal.node.transport.newcomer import fetch_genesis
 
 log = logging.getLogger(__name__)

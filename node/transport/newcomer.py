@@ -10,7 +10,7 @@ from shoal.node.errors import PeerError
 from shoal.node.identity import Identity, peer_text
 from shoal.node.transport import dial
 from shoal.node.transport.channels import SLACK
-from shoal.node.transport.grpc import SERVICE, Unary, told
+from shoal.node.transport.rpc import SERVICE, Unary, told
 from shoal.node.wire import requests
 
 

@@ -25,9 +25,11 @@ from shoal.node.admission import Admission, Credentials
 from shoal.node.errors import ConfigError, PeerError
 from shoal.node.identity import Identity, peer_text
 from shoal.node.transport import dial
-from shoal.node.transport.grpc import SERVICE, Transport
+from shoal.node.transport.grpc import Transport
 from shoal.node.transport.handler import Buffer
 from shoal.node.transport.newcomer import fetch_genesis, fetch_snapshot
+from shoal.node.transport.rpc import SERVICE
+from shoal.node.transport.server import loud
 from shoal.node.wire import frames, requests
 from shoal.node.wire.records import Sealer
 from shoal.proto.v1 import gossip_pb2 as pb
@@ -265,7 +267,7 @@ def both_keep_the_dial_of(smaller: Node, larger: Node) -> bool:
 @on_a_loop
 async def test_a_caller_that_goes_away_while_it_is_refused_is_no_bug_of_ours() -> None:
     # What gRPC raises then must not reach the loop's exception handler, which ends the daemon.
-    with pytest.raises(grpc.aio.InternalError), node()._loud():
+    with pytest.raises(grpc.aio.InternalError), loud():
         raise grpc.aio.InternalError("the call is gone")
 
 
@@ -274,7 +276,7 @@ async def test_the_losing_stream_of_two_is_closed_without_anybody_noticing() -> 
     a, b = sorted((node(), node()), key=lambda each: each.peer)
     async with running(a, b):
         await link(b, a)
-        first = a._links.pop(b.peer)  # as if `a` had dialled before it heard of the link
+        first = a._links.open.pop(b.peer)  # as if `a` had dialled before it heard of the link
         a.connect(b.peer, b.addresses)
         await until(lambda: not b.links()[0].dialled)
         b.send(a.peer, m.Ping(1))
@@ -491,8 +493,8 @@ async def test_a_hello_that_does_not_fit_is_refused_with_the_reason() -> None:
 async def test_the_version_of_another_protocol_reaches_the_dialler_as_text() -> None:
     a, b = node(), node()
     async with running(a, b):
-        hello = a._hello()
-        a._hello = lambda: replace(hello, versions=(9,))  # type: ignore[method-assign]
+        hello = a._links.hello()
+        a._links.hello = lambda: replace(hello, versions=(9,))
         a.connect(b.peer, b.addresses)
         await until(lambda: a.owner.of("down"))
         assert "protocol version 1 is spoken here, 9 there" in a.owner.of("down")[0]
@@ -773,7 +775,7 @@ async def test_a_bad_answer_to_a_call_is_dropped() -> None:
     async def garbage(peer: PeerId, request: bytes, context: object) -> bytes:
         return b"\xff garbage"
 
-    b._serve_deliver = garbage  # type: ignore[method-assign]
+    b._messages.serve = garbage  # type: ignore[method-assign]
     async with running(a, b):
         a.know(b.peer, b.addresses)
         a.send(b.peer, m.Ping(1))
@@ -789,7 +791,7 @@ def test_our_own_bug_reaches_the_loop_s_exception_handler_at_either_end() -> Non
     @on_a_loop
     async def test() -> None:
         a, b = node(), node()
-        b.handler = Broken()
+        b.local.handler = Broken()
         failures: list[object] = []
         loop = asyncio.get_running_loop()
         before = loop.get_exception_handler()
@@ -903,7 +905,7 @@ async def test_a_transfer_without_progress_times_out() -> None:
     async def forever(peer: PeerId, request: bytes, context: object) -> None:
         await asyncio.sleep(60)
 
-    b._serve_pull = forever  # type: ignore[method-assign]
+    b._transfers.serve_pull = forever  # type: ignore[method-assign]
     async with running(a, b):
         a.know(b.peer, b.addresses)
         with pytest.raises(PeerError) as caught:
@@ -928,7 +930,7 @@ async def test_one_peer_can_not_take_all_transfers() -> None:
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         for call in calls:
             call.cancel()
-        await until(lambda: not b._serving)
+        await until(lambda: not b._transfers._serving)
 
 
 @on_a_loop
@@ -959,12 +961,12 @@ async def test_unused_connections_are_closed() -> None:
         a.know(b.peer, b.addresses)
         a.send(b.peer, m.Ping(1))
         await until(lambda: a.owner.heard)
-        assert b.peer in a._channels
+        assert b.peer in a.local.channels
         await asyncio.sleep(0.05)
-        await a._channels.sweep()
-        assert b.peer not in a._channels
+        await a.local.channels.sweep()
+        assert b.peer not in a.local.channels
         await link(a, b)
-        await a._channels.sweep()
+        await a.local.channels.sweep()
         assert a.links()
 
 

@@ -125,7 +125,7 @@ class Front:
 
     def raw(self, liar: Liar, *frames: bytes) -> None:
         """Write bytes on the link as they are, each as a frame of its own."""
-        if link := liar.transport._links.get(self.peer):
+        if link := liar.transport._links.open.get(self.peer):
             for frame in frames:
                 link.outbox._waiting.append(("lies", frame))
                 link.outbox.size += len(frame)
