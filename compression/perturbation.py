@@ -17,7 +17,9 @@ import hashlib
 import importlib
 import math
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -91,11 +93,11 @@ def accumulate(total_D: Tensor, keys: Integers, coefficients: Integers, *, start
             loops.accumulate, len(total_D), total_D.numpy(), start, keys_K, change_K, base
         )
         return
-    there_K = _tensor(keys_K, total_D.device)
-    for begin, part_D, some in _tiles(total_D, len(keys_K)):
-        z_GD = _masks(there_K[some], start + begin, len(part_D))
-        for z_D, a in zip(z_GD.bitwise_or_(1), a_K[some].tolist(), strict=True):
-            part_D.add_(z_D, alpha=a)  # int32 wraps
+    if fused := _fused(total_D, len(keys_K)):
+        there_K, twice_K = (_tensor(n, total_D.device) for n in (keys_K, -2 * a_K))
+        fused.accumulate(total_D, start, there_K, twice_K, int(a_K.sum().astype(np.int32)))
+    else:
+        _accumulate(total_D, keys_K, a_K, start)
 
 
 def accumulate_each(
@@ -154,13 +156,10 @@ def project(x_D: Tensor, keys: Integers, *, start: int = 0) -> Tensor:
     if loops := _loops(x_D, len(keys_K)):
         parts = parallel.ranges(loops.project, len(x_D), x_D.numpy(), start, keys_K)
         return torch.from_numpy(np.sum(parts, axis=0))
-    found_K = torch.zeros(len(keys_K), dtype=torch.int64, device=x_D.device)
-    there_K = _tensor(keys_K, x_D.device)
-    for begin, part_D, some in _tiles(x_D, len(keys_K)):
-        minus_GD = _masks(there_K[some], start + begin, len(part_D))
-        minus_GD = minus_GD.bitwise_and_(part_D)  # Σ x·z = Σ x - 2 Σ x·bit
-        found_K[some] += part_D.sum(dtype=torch.int64) - 2 * minus_GD.sum(1, dtype=torch.int64)
-    return found_K
+    if fused := _fused(x_D, len(keys_K)):
+        found_K: Tensor = fused.project(x_D, start, _tensor(keys_K, x_D.device))
+        return found_K
+    return _project(x_D, keys_K, start)
 
 
 def along(x_D: Tensor, keys: Integers, *, start: int = 0) -> Tensor:
@@ -211,14 +210,41 @@ def perturb(x_D: Tensor, key: int, scale: float, *, start: int = 0) -> None:
         parallel.ranges(loops.perturb, len(x_D), x_D.numpy(), start, keys_1[0], step)
         return
     bits = int(step.view(np.int32))
+    if fused := _fused(x_D, 1):
+        fused.perturb(x_D, start, _tensor(keys_1, x_D.device), bits)
+    else:
+        _perturb(x_D, keys_1, bits, start)
+
+
+# ---------------------------------------------------------------- torch
+
+
+def _accumulate(
+    total_D: Tensor, keys_K: NDArray[np.uint64], a_K: NDArray[np.int64], start: int
+) -> None:
+    there_K = _tensor(keys_K, total_D.device)
+    for begin, part_D, some in _tiles(total_D, len(keys_K)):
+        z_GD = _masks(there_K[some], start + begin, len(part_D))
+        for z_D, a in zip(z_GD.bitwise_or_(1), a_K[some].tolist(), strict=True):
+            part_D.add_(z_D, alpha=a)  # int32 wraps
+
+
+def _project(x_D: Tensor, keys_K: NDArray[np.uint64], start: int) -> Tensor:
+    found_K = torch.zeros(len(keys_K), dtype=torch.int64, device=x_D.device)
+    there_K = _tensor(keys_K, x_D.device)
+    for begin, part_D, some in _tiles(x_D, len(keys_K)):
+        minus_GD = _masks(there_K[some], start + begin, len(part_D))
+        minus_GD = minus_GD.bitwise_and_(part_D)  # Σ x·z = Σ x - 2 Σ x·bit
+        found_K[some] += part_D.sum(dtype=torch.int64) - 2 * minus_GD.sum(1, dtype=torch.int64)
+    return found_K
+
+
+def _perturb(x_D: Tensor, keys_1: NDArray[np.uint64], bits: int, start: int) -> None:
     there_1 = _tensor(keys_1, x_D.device)
     for begin, part_D in _slabs(x_D):
         minus_D = _masks(there_1, start + begin, len(part_D))[0]
         # ±scale by its sign bit, so that adding is the only operation on floats.
         part_D += minus_D.bitwise_and_(_HIGH).bitwise_xor_(bits).view(torch.float32)
-
-
-# ---------------------------------------------------------------- torch
 
 
 def _masks(keys_G: Tensor, first: int, size: int) -> Tensor:
@@ -262,6 +288,48 @@ def _loops(x_D: Tensor, keys: int) -> Any:
     return importlib.import_module("shoal.compression.kernels_signs")
 
 
+def _fused(x_D: Tensor, keys: int) -> Any:
+    """Return Triton's kernels for a vector on a device that has them, else None."""
+    return _triton(x_D.device) if keys and x_D.device.type == "cuda" else None
+
+
+@cache
+def _triton(device: torch.device) -> Any:
+    """Return the kernels if Triton is here, and gives on this device what torch gives there."""
+    try:
+        kernels = importlib.import_module("shoal.compression.kernels_triton")
+    except ImportError:  # it comes with torch for CUDA on Linux
+        return None
+    try:
+        agrees, why = _agrees(kernels, device), "they differ from torch"
+    except Exception as error:  # it compiles for this device with whatever compiler is here
+        agrees, why = False, f"{type(error).__name__}: {error}"
+    if not agrees:
+        warnings.warn(f"no fused kernels on {device}, slower ones serve: {why}", stacklevel=2)
+    return kernels if agrees else None
+
+
+def _agrees(kernels: Any, device: torch.device) -> bool:
+    """Try them where tiles, words and directions are more than one, and cut at both ends."""
+    start, bits = 2**40 + 37, int(np.float32(0.3).view(np.int32))
+    keys_K = np.array([5, 2**63, 2**64 - 1], np.uint64)
+    a_K = np.array([1, -(2**31), 2**31 - 1], np.int64)
+    there_K = _tensor(keys_K, device)
+    x_D = splitmix.words(1, 10_000, device=device).to(torch.int32)
+    sums_D, floats_D = x_D.clone(), x_D.to(torch.float32)
+    fused_D, moved_D = sums_D.clone(), floats_D.clone()
+    _accumulate(sums_D, keys_K, a_K, start)
+    kernels.accumulate(fused_D, start, there_K, _tensor(-2 * a_K, device), int(a_K.sum()))
+    _perturb(floats_D, keys_K[:1], bits, start)
+    kernels.perturb(moved_D, start, there_K[:1], bits)
+    found_K = kernels.project(x_D, start, there_K)
+    return (
+        torch.equal(sums_D, fused_D)
+        and torch.equal(floats_D, moved_D)
+        and torch.equal(_project(x_D, keys_K, start), found_K)
+    )
+
+
 def _check(x_D: Tensor, dtype: torch.dtype, start: int) -> None:
     if x_D.dtype != dtype or x_D.ndim != 1 or not x_D.is_contiguous():
         name = str(dtype).removeprefix("torch.")
@@ -290,7 +358,7 @@ def _coefficients(coefficients: Integers) -> NDArray[np.int64]:
     return np.array(coefficients, np.int64)
 
 
-def _tensor(keys_G: NDArray[np.uint64], device: torch.device | str) -> Tensor:
+def _tensor(keys_G: NDArray[np.uint64] | NDArray[np.int64], device: torch.device | str) -> Tensor:
     if len(keys_G) == 1:  # as an argument of a kernel: a copy would wait for what is computed there
         return torch.full((1,), int(keys_G.view(np.int64)[0]), dtype=torch.int64, device=device)
     return torch.from_numpy(keys_G.view(np.int64)).to(device)

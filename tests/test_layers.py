@@ -18,7 +18,7 @@ ALLOWED = {
 HUGGING_FACE = {"transformers", "peft", "huggingface_hub"}
 THIRD_PARTY = {
     "gossip": set[str](),
-    "compression": {"torch", "numpy", "numba", "llvmlite", "constriction", "zstandard"},
+    "compression": {"torch", "numpy", "numba", "triton", "llvmlite", "constriction", "zstandard"},
     "training": {"torch", "numpy", "sklearn", "safetensors", *HUGGING_FACE},
     "proto": {"google", "grpc", "grpc_tools", "collections", "typing"},
 }
