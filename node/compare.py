@@ -372,7 +372,8 @@ def _check(job: Job) -> None:
 
 def _train(job: Job) -> Result:
     from shoal.node import rehearsal
-    from shoal.node.simulate import Network, Simulator
+    from shoal.node.simulation.faults import Network
+    from shoal.node.simulation.simulator import Simulator
 
     tables = {**job.tables, "run": dict(job.tables["run"])}
     tables["run"]["seed"] = tables["run"].get("seed", 0) + job.seed

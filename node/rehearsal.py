@@ -15,15 +15,10 @@ from shoal.gossip.records import Report, Standing, Update
 from shoal.gossip.run import Run
 from shoal.node.config import canonical
 from shoal.node.errors import ConfigError
-from shoal.node.simulate import (
-    Arrived,
-    Delta,
-    Network,
-    Simulator,
-    SimWorker,
-    Turned,
-    fake_peer,
-)
+from shoal.node.simulation.faults import Network
+from shoal.node.simulation.peers import fake_peer
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import Arrived, Delta, SimWorker, Turned
 from shoal.training import exchange
 from shoal.training.method import TrainingError
 from shoal.training.run import RunError, RunSpec

@@ -14,7 +14,9 @@ from dataclasses import replace
 
 from shoal.gossip.limits import sim
 from shoal.node.bench._report import Row, add_json, beside, show
-from shoal.node.simulate import FakeWorker, Fault, Network, Simulator, SimWorker, fake_run
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import FakeWorker, SimWorker, fake_run
 
 LEDGER_SECONDS, LEDGER_GIB = 120.0, 4.0
 CROWD_SECONDS, CROWD_GIB = 300.0, 6.0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.node import flags
 
 if TYPE_CHECKING:
-    from shoal.node.simulate import Simulator
+    from shoal.node.simulation.simulator import Simulator
 
 HORIZON = 1e6
 """Simulated seconds after which a simulation that does not end is given up."""
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace, tables: dict[str, Any]) -> "Simulator":
-    from shoal.node.simulate import Network, Simulator, fake_run
+    from shoal.node.simulation.faults import Network
+    from shoal.node.simulation.simulator import Simulator
+    from shoal.node.simulation.workers import fake_run
 
     network = Network(loss=args.loss)
     if args.fake:

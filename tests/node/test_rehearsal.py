@@ -7,7 +7,7 @@ import pytest
 
 from shoal.node import cli, rehearsal
 from shoal.node.errors import ConfigError
-from shoal.node.simulate import Fault, Network
+from shoal.node.simulation.faults import Fault, Network
 from shoal.node.swarm import adapt, read_run
 
 pytestmark = pytest.mark.sim

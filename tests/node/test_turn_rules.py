@@ -14,7 +14,8 @@ from shoal.node.config import RunFile, canonical
 from shoal.node.duties import Duties
 from shoal.node.errors import ConfigError
 from shoal.node.pipe import Item
-from shoal.node.simulate import Fault, Network, SimPeer
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.peers import SimPeer
 from shoal.training import payloads, turn_rule, turns
 from shoal.training.run import RunSpec
 from shoal.training.trainer import Trainer
@@ -207,7 +208,7 @@ def test_what_a_partition_kept_back_reaches_old_turns_bit_for_bit(name: str) -> 
     late = [turns_of(peer, other) for peer in peers for other in peers if other is not peer]
     assert any(arrived[0] > 2 for arrived in late), "some turns came after later ones"
     logs = [
-        [simulator._arrived(peer, key) for key in sorted(peer.records)]  # by author, not by turn
+        [peer.arrived(key) for key in sorted(peer.records)]  # by author, not by turn
         for peer in peers
     ]
     fresh = simulator._make_worker(simulator, 0)

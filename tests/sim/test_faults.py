@@ -9,15 +9,10 @@ from shoal.gossip.limits import sim
 from shoal.gossip.messages import Push
 from shoal.gossip.names import Author, Hash, Key, digest
 from shoal.gossip.records import Update
-from shoal.node.simulate import (
-    Fault,
-    Network,
-    SimPeer,
-    Simulator,
-    fake_peer,
-    fake_run,
-    fake_seal,
-)
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.peers import SimPeer, fake_peer, fake_seal
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import fake_run
 
 pytestmark = pytest.mark.sim
 
@@ -198,9 +193,9 @@ def test_a_swarm_that_cannot_agree_says_so() -> None:
     """One peer's worker computes something else, consistently: rebuilding does not help."""
 
     def workers(simulator: Simulator, index: int):  # type: ignore[no-untyped-def]
-        from shoal.node.simulate import _fake_workers
+        from shoal.node.simulation.simulator import fake_workers
 
-        worker = _fake_workers(simulator, index)
+        worker = fake_workers(simulator, index)
         if index == 2:
             worker.run = replace(worker.run, turns=3)  # type: ignore[attr-defined]
         return worker

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from shoal.gossip.events import StartTurn
-from shoal.node.simulate import FakeWorker, Simulator, SimWorker, Turned, fake_run
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import FakeWorker, SimWorker, Turned, fake_run
 
 pytestmark = pytest.mark.sim
 

@@ -6,15 +6,9 @@ from collections.abc import Iterable
 import pytest
 
 from shoal.gossip.events import StartTurn
-from shoal.node.simulate import (
-    FakeWorker,
-    Fault,
-    Network,
-    Simulator,
-    SimWorker,
-    Turned,
-    fake_run,
-)
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import FakeWorker, SimWorker, Turned, fake_run
 
 pytestmark = pytest.mark.sim
 

@@ -7,7 +7,9 @@ import pytest
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import PeerId
 from shoal.gossip.records import Standing
-from shoal.node.simulate import Fault, Network, Simulator, fake_run
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import fake_run
 
 pytestmark = pytest.mark.sim
 

@@ -10,16 +10,10 @@ from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Message, Push, Want
 from shoal.gossip.names import Author, digest
 from shoal.gossip.records import Record, Update
-from shoal.node.simulate import (
-    FakeWorker,
-    Fault,
-    SimPeer,
-    Simulator,
-    SimWorker,
-    fake_peer,
-    fake_run,
-    fake_seal,
-)
+from shoal.node.simulation.faults import Fault
+from shoal.node.simulation.peers import SimPeer, fake_peer, fake_seal
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import FakeWorker, SimWorker, fake_run
 
 pytestmark = pytest.mark.sim
 

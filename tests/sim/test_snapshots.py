@@ -10,7 +10,10 @@ from shoal.gossip.limits import sim
 from shoal.gossip.messages import AskHashes, Digest, Entry, Hashes, Message, Push, Want
 from shoal.gossip.names import Author, Key, PeerId, digest
 from shoal.gossip.records import Proof, Record, Update
-from shoal.node.simulate import Fault, Network, SimPeer, Simulator, fake_run, fake_seal
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.peers import SimPeer, fake_seal
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import fake_run
 
 pytestmark = pytest.mark.sim
 

@@ -7,16 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.gossip.events import Pause, StartTurn
-from shoal.node.simulate import (
-    FakeWorker,
-    Fault,
-    Network,
-    SimPeer,
-    Simulator,
-    SimWorker,
-    Turned,
-    fake_run,
-)
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.peers import SimPeer
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import FakeWorker, SimWorker, Turned, fake_run
 
 pytestmark = pytest.mark.sim
 

@@ -9,18 +9,10 @@ import pytest
 
 from shoal.gossip.names import Author, Key
 from shoal.gossip.records import Update
-from shoal.node.simulate import (
-    LANE,
-    Arrived,
-    Delta,
-    FakeWorker,
-    Fault,
-    Network,
-    SimPeer,
-    Simulator,
-    SimWorker,
-    fake_run,
-)
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.peers import SimPeer
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import LANE, Arrived, Delta, FakeWorker, SimWorker, fake_run
 
 pytestmark = pytest.mark.sim
 
@@ -82,7 +74,7 @@ def expected(simulator: Simulator, peer: SimPeer) -> Delta:
     turns: Turns = {}
     for author, count in peer.core.frontier.counts():
         for n in range(1, count + 1):
-            record, payload = simulator._arrived(peer, Key(author, n))
+            record, payload = peer.arrived(Key(author, n))
             assert isinstance(record.statement, Update)
             assert payload is not None
             turns.setdefault(record.statement.turn, {})[Key(author, n)] = payload

@@ -15,17 +15,16 @@ from torch import Tensor
 from shoal.gossip.events import StartTurn
 from shoal.gossip.names import Key
 from shoal.gossip.records import Report, Update
-from shoal.node.simulate import (
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.peers import fake_peer
+from shoal.node.simulation.simulator import Simulator
+from shoal.node.simulation.workers import (
     LANE,
     Arrived,
     Delta,
-    Fault,
-    Network,
-    Simulator,
     SimWorker,
     Turned,
     contribution,
-    fake_peer,
     fake_run,
 )
 from shoal.training.control import Control, Remedy, Taken

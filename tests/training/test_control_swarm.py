@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from shoal.node import rehearsal
-from shoal.node.simulate import Fault, Network
+from shoal.node.simulation.faults import Fault, Network
 from shoal.training import control
 from shoal.training.control import Control, Remedy, Seat
 from shoal.training.controls.econtrol import papers_eta

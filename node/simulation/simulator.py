@@ -7,291 +7,32 @@ Everything the daemons' cores do, without their sockets: the same `Protocol` obj
 import gc
 import random
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from heapq import heappop, heappush
-from typing import Any
-from typing import Protocol as Contract
 
 from shoal.gossip import events as ev
-from shoal.gossip.frontier import Counts
 from shoal.gossip.limits import Limits, sim
 from shoal.gossip.messages import Message, Push
-from shoal.gossip.names import Author, Hash, Key, PeerId, RunId, digest
+from shoal.gossip.names import Hash, Key, PeerId, digest
 from shoal.gossip.protocol import Protocol
 from shoal.gossip.records import (
     Alive,
     Contact,
     Proof,
     Record,
-    Report,
     Standing,
     Statement,
     Update,
 )
 from shoal.gossip.run import Held, Run
-from shoal.gossip.snapshot import Line, Snapshot
 from shoal.gossip.view import View
+from shoal.node.simulation.faults import Fault, Network
+from shoal.node.simulation.peers import SimPeer, fake_peer, fake_seal
+from shoal.node.simulation.workers import LANE, Delta, FakeWorker, SimWorker, contribution
 
-LANE = (1 << 64) - 1
-MOST = (1 << 32) - 1
-"""The largest number that fits into a u32."""
 MOST_HAPPENED = 100_000
-
-# ---------------------------------------------------------------- what goes wrong, as data
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Something that happens to the swarm at a time. Make one with the methods below."""
-
-    kind: str
-    at: float
-    peer: int = -1
-    group: frozenset[int] = frozenset()
-    rate: float = 0.0
-    keep: int = -1
-    donor: int = -1
-    lie: str = ""
-
-    @staticmethod
-    def crash(*, peer: int, at: float) -> "Fault":
-        """kill -9: memory is gone, the log stays."""
-        return Fault("crash", at, peer)
-
-    @staticmethod
-    def restart(*, peer: int, at: float, keep: int = -1) -> "Fault":
-        """Start again from the own log; `keep` rolls it back to its first so many records."""
-        return Fault("restart", at, peer, keep=keep)
-
-    @staticmethod
-    def start(*, peer: int, at: float, donor: int = -1, lie: str = "") -> "Fault":
-        """A peer that joins late: with the log, or with a snapshot of the peer `donor`.
-
-        The donor may lie about the model ("model": its statement fits), the statement alone
-        ("fingerprint"), the updates that it has summed ("hashes"), how many of them there are
-        ("counts"), who they are of ("author") or of which turns ("turns").
-        """
-        return Fault("restart", at, peer, donor=donor, lie=lie)
-
-    @staticmethod
-    def freeze(*, peer: int, at: float, to: float) -> tuple["Fault", "Fault"]:
-        """SIGSTOP and SIGCONT: what arrives meanwhile is handled afterwards."""
-        return Fault("freeze", at, peer), Fault("thaw", to, peer)
-
-    @staticmethod
-    def partition(group: Iterable[int], *, at: float, to: float) -> tuple["Fault", "Fault"]:
-        """`group` and the others cannot reach each other."""
-        members = frozenset(group)
-        return Fault("cut", at, group=members), Fault("heal", to, group=members)
-
-    @staticmethod
-    def lose(rate: float, *, at: float = 0.0) -> "Fault":
-        """From now on lose this share of all messages."""
-        return Fault("lose", at, rate=rate)
-
-    @staticmethod
-    def fill_disk(*, peer: int, at: float, reason: str = "log full") -> "Fault":
-        """From now on nothing can be stored ("log full"), or but once ("disk: …")."""
-        return Fault(reason, at, peer)
-
-    @staticmethod
-    def equivocate(*, peer: int, at: float) -> "Fault":
-        """Somebody with a copied key signs another update under the last number of `peer`."""
-        return Fault("equivocate", at, peer)
-
-    @staticmethod
-    def pause(*, peer: int, at: float) -> "Fault":
-        """The operator pauses a peer."""
-        return Fault("pause", at, peer)
-
-    @staticmethod
-    def resume(*, peer: int, at: float) -> "Fault":
-        """The operator lets it train again."""
-        return Fault("resume", at, peer)
-
-    @staticmethod
-    def depart(*, peer: int, at: float) -> "Fault":
-        """The operator says good-bye for good."""
-        return Fault("depart", at, peer)
-
-    @staticmethod
-    def kill_worker(*, peer: int, at: float, to: float) -> tuple["Fault", "Fault"]:
-        """The worker dies; another one starts from nothing at `to`."""
-        return Fault("worker-down", at, peer), Fault("worker-up", to, peer)
-
-
-@dataclass(slots=True)
-class Network:
-    """How messages fare."""
-
-    latency: tuple[float, float] = (0.005, 0.05)
-    """Least and most seconds; drawn per message, so messages overtake each other."""
-    loss: float = 0.0
-    duplicate: float = 0.0
-    bytes_per_second: float = 12.5e6
-    """Of one payload transfer."""
-    break_after: float = 4.0
-    """Seconds until a silent link is noticed (keepalive)."""
-
-
-# ---------------------------------------------------------------- workers
-
-
-@dataclass(frozen=True, slots=True)
-class Turned:
-    """What a worker made of a turn."""
-
-    kind: str
-    payload: bytes | None
-    report: Report
-    seconds: float
-
-
-Delta = tuple[int, int]
-Arrived = tuple[Record, bytes | None]
-"""An update and its payload."""
-
-
-class SimWorker(Contract):
-    """The worker of one simulated peer: holds the model, never the network."""
-
-    def fingerprint(self) -> Delta:
-        """Return the model's fingerprint."""
-        ...
-
-    def apply(
-        self, updates: Sequence[Arrived], *, sign: int
-    ) -> tuple[list[tuple[Key, Delta]], list[tuple[Key, str]]]:
-        """Add updates (sign +1) or take them out (−1); return deltas and refusals."""
-        ...
-
-    def turn(self, start: ev.StartTurn) -> Turned:
-        """Train one turn from the model as it is."""
-        ...
-
-    def commit(self, log: int, number: int) -> None:
-        """The turn's update got this number."""
-        ...
-
-    def discard(self) -> None:
-        """The turn's update is not published."""
-        ...
-
-    def sums(self) -> Any:
-        """Return the model in short, for who begins with a snapshot."""
-        ...
-
-    def begin(self, sums: Any) -> None:
-        """Hold that model."""
-        ...
-
-
-@dataclass(slots=True)
-class FakeWorker:
-    """Random payloads whose contribution is a linear hash: equal sets, equal fingerprints."""
-
-    run: Run
-    rng: random.Random
-    seconds: tuple[float, float] = (0.8, 1.2)
-    sizes: tuple[int, int] = (100, 4000)
-    value: Delta = (0, 0)
-
-    def fingerprint(self) -> Delta:
-        """Return the sum of all contributions."""
-        return self.value
-
-    def apply(
-        self, updates: Sequence[Arrived], *, sign: int
-    ) -> tuple[list[tuple[Key, Delta]], list[tuple[Key, str]]]:
-        """Add or take out contributions."""
-        deltas, refused = [], []
-        for record, payload in updates:
-            update = record.statement
-            assert isinstance(update, Update)
-            key = Key(update.author, update.number)
-            delta = contribution(self.run, update, payload)
-            if delta == (0, 0):
-                refused.append((key, "rules"))
-            self.value = (
-                (self.value[0] + sign * delta[0]) & LANE,
-                (self.value[1] + sign * delta[1]) & LANE,
-            )
-            deltas.append((key, delta))
-        return deltas, refused
-
-    def turn(self, start: ev.StartTurn) -> Turned:
-        """Return random bytes."""
-        payload = self.rng.randbytes(self.rng.randint(*self.sizes))
-        return Turned("fake", payload, Report(turn=start.turn), self.rng.uniform(*self.seconds))
-
-    def commit(self, log: int, number: int) -> None:
-        """Keep nothing."""
-
-    def discard(self) -> None:
-        """Keep nothing."""
-
-    def sums(self) -> Delta:
-        """Return the sum of all contributions."""
-        return self.value
-
-    def begin(self, sums: Delta) -> None:
-        """Hold this sum."""
-        self.value = sums
-
-
-def contribution(run: Run, update: Update, payload: bytes | None) -> Delta:
-    """Return what an update adds to the fake model: a function of its bytes and the rules alone."""
-    if payload is None or not run.fetched(update.kind, update.size):
-        return (0, 0)
-    if 0 < run.turns < update.turn:
-        return (0, 0)
-    a, b = struct.unpack("<QQ", blake2b(payload, digest_size=16).digest())
-    return (a, b)
-
-
-# ---------------------------------------------------------------- peers
-
-
-@dataclass(slots=True)
-class SimPeer:
-    """One simulated daemon: what would be on its disk, and its core while it is up."""
-
-    index: int
-    id: PeerId
-    log: int
-    core: Protocol
-    worker: SimWorker
-    records: dict[Key, Record] = field(default_factory=dict)
-    proofs: list[Record] = field(default_factory=list)
-    admissions: dict[PeerId, bytes] = field(default_factory=dict)
-    payloads: set[Hash] = field(default_factory=set)
-    up: bool = False
-    life: int = 0
-    """Events for an earlier life are dropped."""
-    frozen: list[tuple[float, ev.Event]] | None = None
-    applied: dict[Author, int] = field(default_factory=dict)
-    links: set[int] = field(default_factory=set)
-    disk: str = ""
-    """Why nothing can be stored."""
-    pulls: dict[Hash, int] = field(default_factory=dict)
-    """How often each payload was transferred to us."""
-    snapshot: Snapshot | None = None
-    """What it began with in place of the log …"""
-    sums: Any = None
-    """… and the model there."""
-
-
-def fake_seal(statement: Statement) -> Record:
-    """Make a record without a signature: its bytes are the statement written out."""
-    raw = repr(statement).encode()
-    return Record(digest(raw), raw, statement)
-
-
-def fake_peer(index: int, seed: int = 0) -> PeerId:
-    """Return an id spread over the ring like a public key."""
-    return PeerId(digest(b"peer %d of %d" % (index, seed)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +83,7 @@ class Simulator:
         self.happened: list[Seen] = []
         self.payloads: dict[Hash, bytes] = {}
         self._seal = seal
-        self._make_worker = workers or _fake_workers
+        self._make_worker = workers or fake_workers
         self._observers = set(observers)
         self._heap: list[tuple[float, int, int, int, ev.Event | Fault]] = []
         self._seq = 0
@@ -367,7 +108,7 @@ class Simulator:
         self._index[peer] = index
         log = self.rng.getrandbits(64)
         core = self._core(index, peer, log, Held())
-        return SimPeer(index, peer, log, core, self._make_worker(self, index))
+        return SimPeer(index, peer, log, core, self._make_worker(self, index), self.payloads)
 
     def _core(self, index: int, peer: PeerId, log: int, held: Held) -> Protocol:
         run = replace(self.run_, observe=True) if index in self._observers else self.run_
@@ -392,7 +133,7 @@ class Simulator:
         if peer.up:
             return
         if donor >= 0:
-            self._give_snapshot(self.peers[donor], peer, lie)
+            peer.take_snapshot(self.peers[donor], lie)
         if keep >= 0:
             peer.records = dict(list(peer.records.items())[:keep])
         own = [k.author.log for k in peer.records if k.author.peer == peer.id]
@@ -422,40 +163,8 @@ class Simulator:
             other = others[0] if not self.now else self.rng.choice(others)
             self._connect(peer, ev.Connect(other.id, ()))
 
-    def _give_snapshot(self, donor: SimPeer, peer: SimPeer, lie: str) -> None:
-        logs, sums = donor.core.frontier.logs, donor.worker.sums()
-        fingerprint = donor.worker.fingerprint()
-        steady = lie or donor.core.steady()
-        if not steady or any(count > logs[a].count for a, count in donor.applied.items()):
-            return  # as node/snapshots.py does
-        if lie == "model":
-            sums = fingerprint = (sums[0] ^ 1, sums[1])
-        elif lie == "fingerprint":
-            fingerprint = (fingerprint[0] ^ 1, fingerprint[1])
-        peer.sums = sums
-        lines = [
-            Line(
-                author,
-                MOST if lie == "counts" else count,
-                digest(author.peer) if lie == "hashes" else logs[author].hash_at(count),
-                MOST if lie == "turns" else logs[author].turn_at(count),
-            )
-            for author, count in donor.applied.items()
-            if count
-        ]
-        if lie == "author":
-            lines.append(Line(Author(peer.id, 1), 3, digest(b"nothing"), MOST))
-        by_author = sorted(lines, key=lambda line: line.author)
-        peer.snapshot = Snapshot(donor.id, tuple(by_author), fingerprint)
-
-    def _begin(self, peer: SimPeer) -> None:
-        peer.worker, peer.applied = self._make_worker(self, peer.index), {}
-        if peer.snapshot is not None:
-            peer.worker.begin(peer.sums)
-            peer.applied = dict(peer.snapshot.counts())
-
     def _worker_up(self, peer: SimPeer) -> None:
-        self._begin(peer)
+        peer.begin(self._make_worker(self, peer.index))
         counts = tuple(sorted(peer.applied.items()))
         self._later(0.01, peer, ev.WorkerReady(counts, peer.worker.fingerprint()))
 
@@ -625,21 +334,18 @@ class Simulator:
                 raise ValueError(f"only updates and proofs are stored, not {record.statement}")
         self._later(0.002 if own else 0.0, peer, ev.Stored(record))
 
-    # ------------------------------------------------------------ workers
-
     def _ask_worker(self, peer: SimPeer, effect: ev.Effect) -> None:
         match effect:
             case ev.StartTurn():
-                self._later(0.001, peer, self._applied(peer, effect.frontier))
+                self._later(0.001, peer, peer.apply(effect.frontier))
                 self._turn(peer, effect)
             case ev.Apply(frontier):
-                self._later(0.001, peer, self._applied(peer, frontier))
+                self._later(0.001, peer, peer.apply(frontier))
             case ev.Subtract(author, first, last):
-                self._subtract(peer, author, first, last)
-                self._later(0.001, peer, self._state(peer, [], []))
+                self._later(0.001, peer, peer.subtract(author, first, last))
             case ev.Rebuild():
-                self._begin(peer)
-                applied = self._applied(peer, peer.core.frontier.counts())
+                peer.begin(self._make_worker(self, peer.index))
+                applied = peer.apply(peer.core.frontier.counts())
                 self._later(0.1, peer, ev.Rebuilt(applied))
             case ev.Discard():
                 peer.worker.discard()
@@ -659,34 +365,6 @@ class Simulator:
             inline = payload if len(payload) <= self.limits.inline_bytes else None
             done = ev.TurnDone(start.turn, turned.kind, name, len(payload), inline, turned.report)
         self._later(turned.seconds, peer, done)
-
-    def _arrived(self, peer: SimPeer, key: Key) -> Arrived:
-        record = peer.records[key]
-        assert isinstance(record.statement, Update)
-        name = record.statement.payload
-        return record, self.payloads[name] if name in peer.payloads else None
-
-    def _applied(self, peer: SimPeer, frontier: Counts) -> ev.Applied:
-        updates = [
-            self._arrived(peer, Key(author, n))
-            for author, count in frontier
-            for n in range(peer.applied.get(author, 0) + 1, count + 1)
-        ]
-        deltas, refused = peer.worker.apply(updates, sign=+1)
-        for author, count in frontier:
-            peer.applied[author] = max(count, peer.applied.get(author, 0))
-        return self._state(peer, deltas, refused)
-
-    def _subtract(self, peer: SimPeer, author: Author, first: int, last: int) -> None:
-        updates = [self._arrived(peer, Key(author, n)) for n in range(first, last + 1)]
-        peer.worker.apply(updates, sign=-1)
-        peer.applied[author] = first - 1
-
-    def _state(
-        self, peer: SimPeer, deltas: list[tuple[Key, Delta]], refused: list[tuple[Key, str]]
-    ) -> ev.Applied:
-        frontier = tuple(sorted((a, n) for a, n in peer.applied.items() if n))
-        return ev.Applied(frontier, peer.worker.fingerprint(), tuple(deltas), tuple(refused))
 
     # ------------------------------------------------------------ faults
 
@@ -722,12 +400,7 @@ class Simulator:
             case "worker-up":
                 self._worker_up(peer)
             case "pause" | "resume" | "depart":
-                events: dict[str, ev.Event] = {
-                    "pause": ev.Pause(),
-                    "resume": ev.Resume(),
-                    "depart": ev.Depart(),
-                }
-                self._later(0.0, peer, events[fault.kind])
+                self._later(0.0, peer, _ORDERS[fault.kind])
             case reason:
                 peer.disk = reason
 
@@ -766,7 +439,7 @@ class Simulator:
         log = self.rng.getrandbits(64)
         core = self._core(index, first.id, log, Held())
         place = len(self.peers)
-        twin = SimPeer(place, first.id, log, core, self._make_worker(self, place))
+        twin = SimPeer(place, first.id, log, core, self._make_worker(self, place), self.payloads)
         self.peers.append(twin)
         self._twins[index] = place
         self._boot(twin)
@@ -794,18 +467,13 @@ class Simulator:
         a = b = 0
         for author, count in peer.core.frontier.counts():
             for n in range(1, count + 1):
-                record, payload = self._arrived(peer, Key(author, n))
+                record, payload = peer.arrived(Key(author, n))
                 assert isinstance(record.statement, Update)
                 delta = contribution(self.run_, record.statement, payload)
                 a, b = (a + delta[0]) & LANE, (b + delta[1]) & LANE
         return a, b
 
 
-def _fake_workers(simulator: Simulator, index: int) -> SimWorker:
+def fake_workers(simulator: Simulator, index: int) -> SimWorker:
+    """Make the fake worker of a peer."""
     return FakeWorker(simulator.run_, random.Random(f"{simulator.seed}/{index}/{simulator.now}"))
-
-
-def fake_run(*, turns: int = 10, seed: int = 0, **others: object) -> Run:
-    """Return a run for fake workers."""
-    run_id = RunId(digest(b"fake run %d" % seed))
-    return Run(run_id, turns=turns, most_bytes={"fake": 100_000}, **others)  # type: ignore[arg-type]
