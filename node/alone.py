@@ -19,13 +19,17 @@ def compare(
     *,
     peers: int,
     steps: int,
+    turns: int,
     threads: int,
     extra: tuple[str, ...],
     model: Path | None,
 ) -> tuple[float, float | None]:
-    """Return the held-out measures of one peer alone and of the exported model."""
+    """Return the held-out measures of one peer alone and of the exported model.
+
+    Its `steps` are those of so many turns of the swarm; 0: of all that the run has.
+    """
     argv = [sys.executable, "-m", "shoal.node.alone", str(run_file), f"0/{peers}", str(steps)]
-    argv += ["--threads", str(threads)]
+    argv += ["--turns", str(turns), "--threads", str(threads)]
     argv += ["--model", str(model)] if model else []
     done = subprocess.run([*argv, *extra], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -50,6 +54,7 @@ def _main() -> None:
     parser.add_argument("run_file", type=Path)
     parser.add_argument("shard", type=parse_shard)
     parser.add_argument("steps", type=int)
+    parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--data")
@@ -69,7 +74,7 @@ def _main() -> None:
         allow_task=args.allow_task,
     )
     trainer = Trainer(setup, clock=time.monotonic)
-    alone = trainer.alone(args.steps)
+    alone = trainer.alone(args.steps, args.turns)
     together = None if args.model is None else _measure(trainer, args.model)
     print(json.dumps({"alone": alone, "together": together}))
 

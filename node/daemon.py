@@ -16,13 +16,13 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from shoal.gossip import events as ev
 from shoal.gossip import protocol
-from shoal.gossip.names import Key, PeerId
+from shoal.gossip.names import Author, Key, PeerId
 from shoal.gossip.records import Record, Report, Update
 from shoal.gossip.run import Held, Run
 from shoal.node import founding, offline, pipe, snapshots, status
@@ -57,6 +57,7 @@ REMEMBER = 30.0
 FAREWELL = 0.5
 """Seconds for the last words to leave."""
 PORT = 7464
+UNTOLD = Report(loss=math.nan, evaluation=math.nan)
 MEANINGS = {
     "joining": "joining: looking for others, and for what they hold",
     "finished": "finished: all turns are done; goes on serving until Ctrl-C or `shoal leave`",
@@ -147,8 +148,9 @@ class Daemon:
                 port=parse_libp2p(place.config.libp2p),
             )
         )
-        self.meter = SocketMeter(without=lambda: (self.http.port,))
+        self.meter = self._make_meter()
         self.http = self._make_http()
+        self.core.turns.report = self._report(self.foreman.now)
         self._stop = asyncio.Event()
 
     # ---------------------------------------------------------------- parts
@@ -214,12 +216,20 @@ class Daemon:
 
     def _go_on(self, now: Progress) -> None:
         """Let the totals of an earlier life of this peer go on."""
-        last = self.place.home.last_turn()
-        if isinstance(steps := last.get("steps"), int):
-            now.steps = steps
-        if isinstance(turn := last.get("turn"), int):
-            now.turn = turn
+        now.steps, now.turn = self._last("steps"), self._last("turn")
         now.published_bytes = self._published
+
+    def _make_meter(self) -> SocketMeter:
+        return SocketMeter(
+            without=lambda: (self.http.port,),
+            bytes_in=self._last("bytes_in"),
+            bytes_out=self._last("bytes_out"),
+        )
+
+    def _last(self, name: str) -> int:
+        """Return a total as the last turn of an earlier life left it."""
+        value = self.place.home.last_turn().get(name)
+        return value if isinstance(value, int) else 0
 
     def _make_http(self) -> StatusServer:
         listen = parse_listen(self.place.config.status)
@@ -258,8 +268,6 @@ class Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.set_exception_handler(self._crash)
         self._crashed: BaseException | None = None
-        self._measured = b""
-        """Hash of the frontier whose model was measured thoroughly."""
         try:
             await self.transport.start()
             await self.http.start()
@@ -348,16 +356,20 @@ class Daemon:
 
     async def _measure(self) -> None:
         """Measure the shared model thoroughly whenever the worker has nothing else to do."""
-        tried = b""
+        failed = b""
         while True:
             await asyncio.sleep(SAMPLE)
-            at = self.core.frontier.hash
-            if at == tried or not self.core.turns.idle() or self.core.lag():
+            at, core = self.core.frontier.hash, self.core
+            if at == failed or not core.turns.idle() or core.lag():
                 continue
-            tried = at
-            with contextlib.suppress(ConfigError):
+            if self.foreman.now.measured == core.fingerprint:
+                continue
+            try:
                 await self.foreman.evaluate()
-                self._measured = at
+            except ConfigError:
+                failed = at
+            else:  # what others are told is not to stay what it was before the last turn
+                core.turns.report = self._report(self.foreman.now)
 
     def _remember(self) -> None:
         """Write down who was here, for the next start."""
@@ -424,7 +436,7 @@ class Daemon:
             "payload_bytes": size,
             "bytes_out": self.meter.bytes_out,
             "bytes_in": self.meter.bytes_in,
-            "members": len(self.core.training()),
+            "members": self._members(),
             "dropped": answer.dropped,
         }
         self.place.home.write_turn(line)
@@ -455,14 +467,16 @@ class Daemon:
             turn=now.turn,
             turns=genesis.run_file.run.turns,
             steps=now.steps,
-            steps_per_second=now.last_steps / now.seconds if now.seconds else None,
+            steps_per_second=self._speed() if state == State.TRAINING else None,
             loss=now.loss,
             evaluation=now.evaluation,
-            measured=self._measured == core.frontier.hash,
+            measured=now.measured is not None
+            and now.measured == fingerprint
+            and not self._unapplied(),
             first_evaluation=now.first_evaluation,
             unit=now.unit,
             parameters=genesis.parameters,
-            members=sum(m.state in ("alive", "suspected") for m in core.members()),
+            members=self._members(),
             neighbours=tuple(
                 status.Neighbour(id=peer_text(peer), rtt=rtts.get(peer)) for peer in core.linked()
             ),
@@ -494,8 +508,16 @@ class Daemon:
             warnings=tuple(self._warnings()),
         )
 
+    def _speed(self) -> float | None:
+        now = self.foreman.now
+        return now.last_steps / now.seconds if now.seconds else None
+
+    def _members(self) -> int:
+        return sum(m.state in ("alive", "suspected") for m in self.core.members())
+
     def _unapplied(self) -> int:
-        applied = self.foreman.now.applied
+        # The core's word, not the foreman's: it moves together with the fingerprint.
+        applied = self.core.agreement.applied
         return sum(max(0, n - applied.get(a, 0)) for a, n in self.core.frontier.counts())
 
     def _warnings(self) -> list[str]:
@@ -520,7 +542,8 @@ class Daemon:
         me = self.place.identity.peer
         rtts = self.core.membership.rtts
         verdicts = self.core.agreement.verdicts
-        return [_row(member, me, rtts, verdicts) for member in self.core.members()]
+        mine = self._report(self.foreman.now)
+        return [_row(member, me, mine, rtts, verdicts) for member in self.core.members()]
 
     def events(self, after: int) -> list[EventRow]:
         """Return what happened lately."""
@@ -552,17 +575,21 @@ class Daemon:
         """Write the shared model as safetensors, with the run file as metadata."""
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise ConfigError(f"{path.parent} is no directory that this daemon can write to")
-        metadata = offline.metadata(self.place.genesis, self.core.frontier.hash)
-        await self.foreman.export(path, metadata)
+        await self.foreman.export(path, self._about)
+
+    def _about(self, applied: Mapping[Author, int]) -> Mapping[str, str]:
+        """Return what an exported model says about itself, when it holds these updates."""
+        return offline.metadata(self.place.genesis, self.core.frontier.hash_at(applied))
 
 
 def _row(
     member: protocol.Member,
     me: PeerId,
+    mine: Report,
     rtts: dict[PeerId, float],
     verdicts: dict[PeerId, bool],
 ) -> PeerRow:
-    report = member.report or Report(loss=math.nan, evaluation=math.nan)
+    report = mine if member.peer == me else member.report or UNTOLD
     return PeerRow(
         id=peer_text(member.peer),
         me=member.peer == me,
@@ -573,8 +600,8 @@ def _row(
         steps=report.steps,
         loss=known(report.loss),
         evaluation=known(report.evaluation),
-        bytes_in=report.bytes_in,
-        bytes_out=report.bytes_out,
+        bytes_in=report.bytes_in or None,  # zeros are stated before the first count
+        bytes_out=report.bytes_out or None,
         rtt=rtts.get(member.peer),
         agrees=verdicts.get(member.peer),
         addresses=member.addresses,

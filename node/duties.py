@@ -241,6 +241,7 @@ class Duties:
             dropped=turned.dropped,
             skipped=turned.skipped,
             memory=_memory(trainer),
+            measured=trainer.measures(asked.turn),
         )
         return answer, [] if turned.payload is None else [turned.payload]
 

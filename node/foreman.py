@@ -32,6 +32,8 @@ RECOMPUTE = 600.0
 
 Counts = tuple[tuple[Author, int], ...]
 Job = Callable[[], Awaitable[None]]
+Metadata = Callable[[Mapping[Author, int]], Mapping[str, str]]
+"""What an exported file says about itself, from how many updates of each author it holds."""
 Order = ev.StartTurn | ev.Apply | ev.Subtract | ev.Rebuild
 Answered = TypeVar("Answered", bound=pipe.Answer)
 
@@ -52,6 +54,8 @@ class Progress:
     loss: float | None = None
     evaluation: float | None = None
     first_evaluation: float | None = None
+    measured: tuple[int, int] | None = None
+    """Fingerprint of the model whose thorough measure `evaluation` is; None: a turn's quick one."""
     published_bytes: int = 0
     refused: int = 0
     skipped: int = 0
@@ -130,18 +134,23 @@ class Foreman:
 
     async def sums(self) -> snapshots.Sums:
         """Return what the run added to the initial model; raises ConfigError without a worker."""
-        answer, body = await self._ask_body(pipe.Sums(), pipe.Summed)
+        answer, body = await self._ask(pipe.Sums, pipe.Summed)
         return _counts(_applied(answer.frontier)), answer.fingerprint, body
 
-    async def export(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the shared model; raises ConfigError when that can't be done."""
-        answer = await self._ask(pipe.Export(str(path), dict(metadata)), pipe.Ready)
+    async def export(self, path: Path, metadata: Metadata) -> None:
+        """Write the shared model; raises ConfigError when that can't be done.
+
+        `metadata` is asked when the worker comes to it, about the updates that its model then has.
+        """
+        answer, _ = await self._ask(
+            lambda: pipe.Export(str(path), dict(metadata(self.now.applied))), pipe.Ready
+        )
         if answer.problem:
             raise ConfigError(answer.problem)
 
     async def evaluate(self) -> None:
-        """Measure the shared model on held-out data, into `now.evaluation`."""
-        self._measured((await self._ask(pipe.Evaluate(), pipe.Measured)).value)
+        """Measure the shared model on held-out data as well as can be, into `now.evaluation`."""
+        await self._ask(pipe.Evaluate, pipe.Measured, self._thoroughly)
 
     async def run(self) -> None:
         """Open the worker and do its jobs, until cancelled or until no worker can be had."""
@@ -274,7 +283,8 @@ class Foreman:
         now.steps += answer.steps
         now.skipped += answer.skipped
         now.last_steps, now.seconds = answer.steps, answer.seconds
-        self._measured(answer.evaluation)
+        if answer.measured:
+            self._measured(answer.evaluation)
         self._turned(answer, len(data))
         if answer.dropped is not None:
             log.warning("turn dropped", extra={"turn": request.turn, "reason": answer.dropped})
@@ -341,20 +351,24 @@ class Foreman:
     async def _plain(self, request: pipe.Commit | pipe.Discard) -> None:
         await self.supervisor.ask(request, pipe.Ready)
 
-    async def _ask(self, request: pipe.Request, expect: type[Answered]) -> Answered:
-        """Let the operator's request wait its turn; its failure is the operator's to know."""
-        return (await self._ask_body(request, expect))[0]
-
-    async def _ask_body(
-        self, request: pipe.Request, expect: type[Answered]
+    async def _ask(
+        self,
+        request: Callable[[], pipe.Request],
+        expect: type[Answered],
+        then: Callable[[Answered], None] = lambda _: None,
     ) -> tuple[Answered, bytes]:
+        """Let the operator's request wait its turn; its failure is the operator's to know.
+
+        It is made when its turn has come, and `then` is called before anything else is done.
+        """
         if self.supervisor.pid is None:
             raise ConfigError(f"no worker runs: {self.supervisor.reason or 'it is starting'}")
         asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         answers: list[tuple[Answered, bytes]] = []
 
         async def job() -> None:
-            answers.append(await self.supervisor.ask_body(request, expect))
+            answers.append(await self.supervisor.ask_body(request(), expect))
+            then(answers[0][0])
             if not asked.done():
                 asked.set_result(None)
 
@@ -379,12 +393,14 @@ class Foreman:
         self.now.applied = _applied(frontier)
         self.now.fingerprint = fingerprint
 
-    def _measured(self, value: float | None) -> None:
-        if value is None:
-            return
-        self.now.evaluation = value
+    def _measured(self, value: float | None, of: pipe.Lanes | None = None) -> None:
+        """Note a measure; one that is no number (None) must not leave an older one standing."""
+        self.now.evaluation, self.now.measured = value, of
         if self.now.first_evaluation is None:
             self.now.first_evaluation = value
+
+    def _thoroughly(self, answer: pipe.Measured) -> None:
+        self._measured(answer.value, self.now.fingerprint)
 
 
 def _applied(frontier: pipe.Frontier) -> dict[Author, int]:

@@ -199,14 +199,16 @@ class Home:
             self._sick = False
 
     def last_turn(self) -> dict[str, object]:
-        """Return the last line of metrics.jsonl, so that totals go on; empty when there is none."""
+        """Return the last whole line of metrics.jsonl, so that totals go on; empty without one."""
         for name in ("metrics.jsonl", "metrics.jsonl.1"):
-            with suppress(OSError, ValueError, IndexError):
+            with suppress(OSError):
                 with (self.path / name).open("rb") as file:
                     file.seek(max(0, file.seek(0, os.SEEK_END) - _LINE_BYTES))
-                    line = json.loads(file.read().splitlines()[-1])
-                if isinstance(line, dict):
-                    return line
+                    lines = file.read().splitlines()
+                for text in reversed(lines):
+                    with suppress(ValueError):  # a crash may have torn the last one
+                        if isinstance(line := json.loads(text), dict):
+                            return line
         return {}
 
     # ------------------------------------------------------------------ end

@@ -249,15 +249,18 @@ def _error(status: int, text: str) -> web.Response:
 def render_gauges(status: Status) -> list[str]:
     """Return what `/metrics` says beside the counters."""
     gauges: dict[str, tuple[str, float | None]] = {
-        "turn": ("The turn this peer is in.", status.turn),
+        "turn": ("The last turn that this peer has taken.", status.turn),
         "steps": ("Local steps done in this run.", status.steps),
-        "steps_per_second": ("Local steps per second.", status.steps_per_second),
+        "steps_per_second": (
+            "Local steps per second in the last turn, while it trains.",
+            status.steps_per_second,
+        ),
         "loss": ("Training loss of the last turn.", status.loss),
         "evaluation": ("Held-out measure of the shared model.", status.evaluation),
         "members": ("Peers believed to be here.", status.members),
         "neighbours": ("Open gossip links.", len(status.neighbours)),
         "frontier_updates": ("Updates held without a hole.", status.frontier.updates),
-        "lag": ("Updates others hold and this peer has not applied.", status.lag),
+        "lag": ("Updates that it or others hold and its model does not.", status.lag),
         "agrees": ("1 when the swarm is seen to hold one model.", _flag(status.agrees)),
         "published_bytes": ("Payload bytes of own updates.", status.published_bytes),
         "socket_bytes_in": ("Bytes received on TCP sockets.", status.sockets.bytes_in),

@@ -27,13 +27,13 @@ BATCH = 64
 """Updates given to the ledger at once: bounds the payloads held in memory."""
 
 
-def metadata(genesis: Genesis, frontier: Hash) -> dict[str, str]:
-    """Return what an exported file says about itself, beside its tensors."""
-    return {
-        "run": genesis.tables.decode(),
-        "run_id": genesis.run_id.hex(),
-        "frontier": frontier.hex(),
-    }
+def metadata(genesis: Genesis, frontier: Hash | None) -> dict[str, str]:
+    """Return what an exported file says about itself, beside its tensors.
+
+    `frontier` stands for the updates that the model holds; None, where that has no name.
+    """
+    about = {"run": genesis.tables.decode(), "run_id": genesis.run_id.hex()}
+    return about if frontier is None else about | {"frontier": frontier.hex()}
 
 
 def export(directory: Path, target: Path) -> None:

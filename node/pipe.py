@@ -247,7 +247,9 @@ class Turned(msgspec.Struct, frozen=True, tag_field="is", tag="turned"):
     skipped: int = 0
     """Steps that taught nothing, since their loss was not finite."""
     memory: int = 0
-    """Bytes: resident, or allocated on the device."""
+    """Bytes: resident, or the most that were allocated on the device."""
+    measured: bool = True
+    """The shared model was measured: None in `evaluation` then is the result."""
 
 
 class Summed(msgspec.Struct, frozen=True, tag_field="is", tag="summed"):

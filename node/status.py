@@ -43,7 +43,10 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sockets(msgspec.Struct, frozen=True, kw_only=True):
-    """What the TCP sockets carried: TLS, headers and probes included (node/traffic.py)."""
+    """What the TCP sockets carried: TLS, headers and probes included (node/traffic.py).
+
+    Restarts included, but for what an earlier process carried after its last turn.
+    """
 
     bytes_in: int = 0
     bytes_out: int = 0
@@ -66,7 +69,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     device: str = ""
     memory: int | None = None
-    """Resident bytes, or bytes allocated on the accelerator."""
+    """At the end of the last turn: resident bytes, or the most allocated on the accelerator."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,27 +87,29 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     state: State = State.JOINING
     why: str = ""
     turn: int = 0
+    """The last that this peer has taken; 0 before the first."""
     turns: int = 0
     """0 = for ever."""
     steps: int = 0
     """Local steps of this peer in this run, restarts included."""
     steps_per_second: float | None = None
+    """In the last turn's local steps; None while it does not train."""
     loss: float | None = None
-    """Training loss of the last turn."""
+    """Training loss of the last turn: the mean over its steps, in the loss's own unit."""
     evaluation: float | None = None
-    """Held-out measure of the shared model."""
+    """Held-out measure of the shared model: before the last turn by a quick look, or `measured`."""
     measured: bool = False
     """`evaluation` is of the model as it is now, and as thorough as the task can."""
     first_evaluation: float | None = None
-    """The same when this peer came to the run."""
+    """The first since this daemon was started."""
     unit: str = ""
-    """Of loss and evaluation: "bits per byte", "error" …"""
+    """Of the held-out measure: "bits per byte", "accuracy" …"""
     parameters: int = 0
     members: int = 0
     """Peers believed to be here, this one included."""
     neighbours: tuple[Neighbour, ...] = ()
     bytes_in: dict[str, int] = {}
-    """By kind of message, before TLS."""
+    """By kind of message, before TLS, since the daemon was started."""
     bytes_out: dict[str, int] = {}
     sockets: Sockets = Sockets()
     published_bytes: int = 0
@@ -113,7 +118,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Float32 gradients at every step, divided by `published_bytes`."""
     frontier: Frontier = Frontier()
     lag: int = 0
-    """Updates that others state to hold and this peer has not applied."""
+    """Updates that this peer or others hold and its model does not."""
     fingerprint: str = ""
     """128 bits, hex: equal frontiers must mean equal fingerprints."""
     agrees: bool | None = None
@@ -130,7 +135,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `/peers`: what this daemon knows of a member. Loss and bytes are its word."""
+    """One line of `/peers`: what this daemon knows of a member.
+
+    Turn, steps, loss, evaluation and bytes are its word, as of its last turn, or of the measure it
+    took when it had nothing to do.
+    """
 
     id: str
     me: bool = False
@@ -143,8 +152,9 @@ class PeerRow(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     loss: float | None = None
     evaluation: float | None = None
-    bytes_in: int = 0
-    bytes_out: int = 0
+    bytes_in: int | None = None
+    bytes_out: int | None = None
+    """None until it has told."""
     rtt: float | None = None
     agrees: bool | None = None
     addresses: tuple[str, ...] = ()

@@ -336,6 +336,15 @@ def one_model(rows: Sequence[Status | None]) -> bool:
     return len(models) == 1 and all(models.pop())
 
 
+def differ(rows: Sequence[Status | None]) -> bool:
+    """Return whether two that answer hold the same updates, and yet different models."""
+    models: dict[str, set[str]] = {}
+    for status in rows:
+        if status is not None and status.fingerprint and not status.lag:
+            models.setdefault(status.frontier.hash, set()).add(status.fingerprint)
+    return any(len(found) > 1 for found in models.values())
+
+
 def measured(rows: Sequence[Status | None]) -> bool:
     """Return whether all that answer, and have a worker, have measured the model they hold."""
     able = [s for s in rows if s is not None and s.worker.pid is not None]
@@ -371,6 +380,8 @@ class Summary:
     published: float
     """Payload bytes of a peer's own updates, mean."""
     equal: bool
+    differ: bool
+    """Two hold the same updates and yet different models, which must not be."""
     fingerprint: str
 
     @property
@@ -413,6 +424,7 @@ def summarize(
         reference=reference_bytes(peers, first.parameters, steps),
         published=_mean([status.published_bytes for status in seen]),
         equal=one_model(rows),
+        differ=differ(rows),
         fingerprint=first.fingerprint,
     )
 

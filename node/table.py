@@ -131,7 +131,7 @@ def _peers(status: Status, peers: Sequence[PeerRow]) -> "Table":
             turns(row.turn, status.turns),
             number(row.loss),
             number(row.evaluation),
-            size(row.bytes_out),
+            "–" if row.bytes_out is None else size(row.bytes_out),
             "" if row.me else seconds(row.rtt),
             verdict(row.agrees),
             style=_style(row.state),
@@ -186,13 +186,19 @@ def line(rows: Sequence[Status | None], unit: str, elapsed: float) -> str:
     turn = turns(last, seen[0].turns) if first == last else f"{first}-{turns(last, seen[0].turns)}"
     losses = [s.loss for s in seen if s.loss is not None]
     measured = [s.evaluation for s in seen if s.evaluation is not None]
-    models = len({s.fingerprint for s in seen})
     return (
         f"{seconds(elapsed):>8}  {len(seen)} peers  turn {turn}"
         f"  loss {number(_mean(losses))}  {unit or 'held out'} {number(_mean(measured))}"
-        f"  sent {size(sum(s.sockets.bytes_out for s in seen))}"
-        f"  {'one model' if models == 1 else f'{models} models in flight'}"
+        f"  sent {size(sum(s.sockets.bytes_out for s in seen))} in all  {_models(seen)}"
     )
+
+
+def _models(seen: Sequence[Status]) -> str:
+    fingerprints = {status.fingerprint for status in seen}
+    if same(fingerprints):
+        return "one model"
+    models = len(fingerprints - {""})
+    return f"{models} models in flight" if models > 1 else "not all have a model"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -252,15 +252,13 @@ class Trainer:
         cannot go on.
         """
         spec = self._spec
-        every = spec.local.evaluate_every
-        measure = every and (turn - 1) % every == 0
         weight = spec.exchange.staleness.factor(self._behind(lag)) / members
         plan = self._plan(turn, weight, publish=publish)
         if not plan.method.carries:
             plan = replace(plan, weight=min(1.0, weight / spec.exchange.participation))
         try:
             turned = self._learner.turn(
-                self.exchange, plan, self._measure_quickly if measure else lambda: NAN
+                self.exchange, plan, self._measure_quickly if self.measures(turn) else lambda: NAN
             )
         except SettingError as error:  # data is read when first needed
             raise RunError(str(error)) from error
@@ -269,6 +267,11 @@ class Trainer:
             plane = self.exchange.rules.plane(turn)
             self._seconds_per_step[plane] = turned.seconds / turned.steps
         return turned
+
+    def measures(self, turn: int) -> bool:
+        """Say whether the shared model is measured before this turn."""
+        every = self._spec.local.evaluate_every
+        return bool(every) and (turn - 1) % every == 0
 
     def commit(self, log: int, number: int) -> None:
         """Let the pending update be published: residual and momentum belong to this number."""
@@ -295,13 +298,13 @@ class Trainer:
         integers_D = torch.cat(whole).to(self.exchange.integers().device, torch.int32)
         return self._measure(integers_D, thorough=True)
 
-    def alone(self, steps: int) -> float:
+    def alone(self, steps: int, turns: int = 0) -> float:
         """Train on without anybody, `steps` steps in all; return the measure: the yardstick.
 
-        Same shard, inner optimizer, schedule and order of data as in the swarm, no update between.
-        The ledger stays as it is.
+        Same shard, inner optimizer, schedule and order of data as in the first `turns` turns (0:
+        all) of the swarm, no update between. The ledger stays as it is.
         """
-        turns = self._spec.run.turns or 1
+        turns = turns or self._spec.run.turns or 1
         private = self._exchange(self.exchange.ledger.model)
         for turn in range(1, turns + 1):
             share = steps * turn // turns - steps * (turn - 1) // turns

@@ -205,7 +205,7 @@ def _train(
 ) -> "tuple[list[Status | None], float | None, float]":
     """Watch until all are done and hold one model. Return the last look and what it began with."""
     with _screen() as screen:
-        rows = swarm.look()
+        rows = _known_at_first(swarm)
         before = first_evaluation(rows)
         swarm.begin()
         begun = time.monotonic()
@@ -216,7 +216,6 @@ def _train(
             time.sleep(INTERVAL)
             now = time.monotonic()
             rows = swarm.look()
-            before = before if before is not None else first_evaluation(rows)
             screen.show(rows, now - begun)
             for child in swarm.newly_dead():
                 screen.say(child.epitaph())
@@ -229,38 +228,55 @@ def _train(
             if settled_by is None and _all_done(rows, timed=bool(args.minutes)):
                 settled_by = now + SETTLING
         elapsed = time.monotonic() - begun
+        one = _one_model(rows)
         # The daemons look at their sockets once a second: let the last bytes be counted.
         time.sleep(METERING)
-        rows = last_known(rows, swarm.look())
+        rows = last_known(rows, swarm)
         if settled_by:
-            rows = _measured(swarm, rows, screen, elapsed)
+            rows = _measured(swarm, rows, screen, elapsed, one=one)
     return rows, before, elapsed
 
 
+def _known_at_first(swarm: "Swarm") -> "list[Status | None]":
+    """Wait until one has measured the model that all begin with; return the last look at them."""
+    rows = swarm.look()
+    patience = time.monotonic() + MEASURING
+    while not any(s is not None and s.measured for s in rows) and time.monotonic() < patience:
+        if not any(s is not None and s.worker.pid is not None for s in rows):
+            break
+        time.sleep(INTERVAL)
+        rows = swarm.look()
+    return rows
+
+
 def _measured(
-    swarm: "Swarm", rows: "list[Status | None]", screen: Screen, elapsed: float
+    swarm: "Swarm", rows: "list[Status | None]", screen: Screen, elapsed: float, *, one: bool
 ) -> "list[Status | None]":
     """Wait until the daemons have measured what they ended with; return the last look at them."""
     from shoal.node.swarm import measured
 
     patience = time.monotonic() + MEASURING
-    while not measured(rows) and swarm.living() and time.monotonic() < patience:
+    # After a pause a last turn may still be on its way, and what was one model be it again later.
+    while not (measured(rows) and _one_model(rows) >= one) and time.monotonic() < patience:
+        if not swarm.living():
+            break
         time.sleep(INTERVAL)
-        rows = last_known(rows, swarm.look())
+        rows = last_known(rows, swarm)
         screen.show(rows, elapsed)
     return rows
 
 
-def last_known(rows: "list[Status | None]", later: "list[Status | None]") -> "list[Status | None]":
-    """Return the later look, if everybody who answered before still does."""
-    lost = any(new is None for old, new in zip(rows, later, strict=True) if old is not None)
-    return rows if lost else later
+def last_known(rows: "list[Status | None]", swarm: "Swarm") -> "list[Status | None]":
+    """Look again: who is silent for a moment is as it was, who has ended is not there."""
+    later = swarm.look()
+    living = {child.index for child in swarm.living()}
+    looks = enumerate(zip(rows, later, strict=True))
+    return [old if new is None and place in living else new for place, (old, new) in looks]
 
 
 def first_evaluation(rows: "list[Status | None]") -> float | None:
-    """Return the held-out measure with which the run began, as soon as somebody knows it."""
-    known = [s.first_evaluation for s in rows if s is not None and s.first_evaluation is not None]
-    return max(known, default=None)
+    """Return the held-out measure with which all begin, by the look that they end with."""
+    return next((s.evaluation for s in rows if s is not None and s.measured), None)
 
 
 def _all_done(rows: "list[Status | None]", *, timed: bool) -> bool:
@@ -367,11 +383,11 @@ def summarize(
         plan.run_file,
         peers=plan.peers,
         steps=round(summary.steps),
+        turns=max((status.turn for status in rows if status is not None), default=0),
         threads=plan.threads,
         extra=plan.extra,
         model=model,
     )
-    # The daemons measure quickly, between turns; here both models get the same thorough look.
     return replace(summary, alone=measured, after=summary.after if together is None else together)
 
 
@@ -419,8 +435,12 @@ def report(summary: "Summary") -> list[str]:
 def _verdict(summary: "Summary") -> str:
     if summary.answering < summary.peers:
         gone = summary.peers - summary.answering
-        rest = "the others are equal" if summary.equal else "the others DIFFER"
+        rest = "the others are equal"
+        if not summary.equal:
+            rest = "the others DIFFER" if summary.differ else "the others were not yet at one"
         return f"{gone} of {summary.peers} peers did not answer at the end; {rest}"
-    if not summary.equal:
+    if summary.differ:
         return "they DIFFER: this must not happen; please report it with the directory's logs"
+    if not summary.equal:
+        return "not comparable: at the end not all held the same updates, and a model"
     return f"all {summary.peers} equal ({summary.fingerprint})"

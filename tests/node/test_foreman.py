@@ -4,7 +4,7 @@ The log is real; the worker is a fake that sums what it is given, and dies or er
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class FakeWorker:
         self.end: Exception | None = None
         self.hang = self.gone = False
         self.flipped = 0
+        self.measure: float | None = 2.5
+        self.looks = True
+        """Turns measure, and find 3.5."""
         self._death = asyncio.Event()
 
     async def start(self) -> None:
@@ -92,9 +95,11 @@ class FakeWorker:
                 flipped = (self.value[0] ^ self.flipped, self.value[1])
                 return self._done([], flipped)
             case pipe.Turn(turn, _):
-                return pipe.Turned("fake", 1.0, None, 3, 0.1, skipped=turn), payload(turn)
+                found = 3.5 if self.looks else None
+                turned = pipe.Turned("fake", 1.0, found, 3, 0.1, skipped=turn, measured=self.looks)
+                return turned, payload(turn)
             case pipe.Evaluate():
-                return pipe.Measured(2.5), b""
+                return pipe.Measured(self.measure), b""
             case _:
                 return pipe.Ready(), b""
 
@@ -109,6 +114,10 @@ class FakeWorker:
     def _done(self, results: list[pipe.Result], value: Any = None) -> tuple[pipe.Answer, bytes]:
         frontier = sorted((*a, n) for a, n in self.counts.items())
         return pipe.Done(results, frontier, value or self.value), b""
+
+
+def about(applied: Mapping[Author, int]) -> dict[str, str]:
+    return {"updates": str(sum(applied.values()))}
 
 
 class Scene:
@@ -241,7 +250,7 @@ def test_an_export_that_the_worker_does_not_survive_is_refused(
 ) -> None:
     async def scenario(scene: Scene) -> None:
         scene.worker.hang = True
-        export = asyncio.create_task(scene.foreman.export(tmp_path / "model", {}))
+        export = asyncio.create_task(scene.foreman.export(tmp_path / "model", about))
         while not any(isinstance(r, pipe.Export) for r in scene.worker.asked):
             await asyncio.sleep(0)
         scene.worker.hang = False
@@ -258,7 +267,7 @@ def test_an_export_when_no_worker_can_be_had_any_more_is_refused(tmp_path: Path)
         scene.worker.die(WorkerDied("worker: killed"))
         await scene.until(ev.WorkerDown, 2)
         with pytest.raises(ConfigError, match="no worker runs"):
-            await scene.foreman.export(tmp_path / "model", {})
+            await scene.foreman.export(tmp_path / "model", about)
 
     play(tmp_path, scenario)
 
@@ -268,7 +277,7 @@ def test_an_export_that_waits_while_the_daemon_stops_is_refused(tmp_path: Path) 
 
     async def scenario(scene: Scene) -> None:
         scene.worker.hang = True
-        waiting.append(asyncio.create_task(scene.foreman.export(tmp_path / "model", {})))
+        waiting.append(asyncio.create_task(scene.foreman.export(tmp_path / "model", about)))
         while not any(isinstance(r, pipe.Export) for r in scene.worker.asked):
             await asyncio.sleep(0)
 
@@ -294,6 +303,52 @@ def test_the_measure_waits_for_its_turn_and_reaches_the_status(tmp_path: Path) -
         assert scene.foreman.now.evaluation == 2.5
 
     play(tmp_path, scenario)
+
+
+def test_a_measure_is_of_the_model_that_it_was_made_of(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        now: Progress = scene.foreman.now
+        scene.foreman.give(ev.Apply(((BOBS, 2),)))
+        await scene.foreman.evaluate()
+        assert (now.evaluation, now.measured) == (2.5, now.fingerprint)
+        scene.foreman.give(ev.Apply(((BOBS, 3),)))
+        await scene.until(ev.Applied, 2)
+        assert now.measured != now.fingerprint, "the model moved on"
+        await scene.foreman.evaluate()
+        scene.worker.looks = False
+        scene.foreman.give(ev.StartTurn(1, 1.0, ((BOBS, 3),)))
+        await scene.until(ev.TurnDone)
+        assert (now.evaluation, now.measured) == (2.5, now.fingerprint), "it was not measured anew"
+        scene.worker.looks = True
+        scene.foreman.give(ev.StartTurn(2, 1.0, ((BOBS, 3),)))
+        await scene.until(ev.TurnDone, 2)
+        assert (now.evaluation, now.measured) == (3.5, None), "a quick look is not a thorough one"
+
+    play(tmp_path, scenario, updates=3)
+
+
+def test_a_measure_that_is_no_number_replaces_the_last_good_one(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.foreman.evaluate()
+        scene.worker.measure = None
+        await scene.foreman.evaluate()
+        assert scene.foreman.now.evaluation is None
+        assert scene.foreman.now.measured == scene.foreman.now.fingerprint
+
+    play(tmp_path, scenario)
+
+
+def test_an_exported_file_says_what_the_model_in_it_holds(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.foreman.give(ev.Apply(((BOBS, 2),)))
+        export = asyncio.create_task(scene.foreman.export(tmp_path / "model", about))
+        await asyncio.sleep(0)
+        scene.foreman.give(ev.Apply(((BOBS, 3),)))  # too late for what is written
+        await export
+        [asked] = [r for r in scene.worker.asked if isinstance(r, pipe.Export)]
+        assert asked.metadata == {"updates": "2"}
+
+    play(tmp_path, scenario, updates=3)
 
 
 def test_a_flipped_bit_shows_in_the_fingerprint_stated_after_a_while(tmp_path: Path) -> None:

@@ -213,5 +213,8 @@ def test_the_last_turn_is_found_again_also_after_rotation(tmp_path: Path) -> Non
         home.write_turn({"turn": 1, "steps": 30})
         home.write_turn({"turn": 2, "steps": 60})
         assert home.last_turn() == {"turn": 2, "steps": 60}
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"turn":3,"ste')  # killed while it was written
+        assert home.last_turn() == {"turn": 2, "steps": 60}
         (tmp_path / "metrics.jsonl").rename(tmp_path / "metrics.jsonl.1")
         assert home.last_turn() == {"turn": 2, "steps": 60}

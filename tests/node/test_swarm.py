@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
@@ -168,20 +170,24 @@ def test_one_peer_alone_has_no_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "said"),
     [
-        status(fingerprint="cc"),
-        status(frontier=Frontier(hash="dd")),
-        status(fingerprint="", frontier=Frontier()),
+        (status(fingerprint="cc"), "they DIFFER"),
+        (status(fingerprint="cc", lag=1), "not comparable"),  # it holds what it has not applied
+        (status(fingerprint="cc", frontier=Frontier(hash="dd")), "not comparable"),
+        (status(frontier=Frontier(hash="dd")), "not comparable"),
+        (status(fingerprint=""), "not comparable"),
+        (status(fingerprint="", frontier=Frontier()), "not comparable"),
     ],
 )
-def test_models_are_one_only_when_frontier_and_fingerprint_are(other: Status) -> None:
+def test_models_are_one_only_when_frontier_and_fingerprint_are(other: Status, said: str) -> None:
     assert swarm.one_model([status(), status(), None])
     assert not swarm.one_model([status(), other])
     assert not swarm.one_model([other, status()])
-    assert "DIFFER" in "\n".join(
-        command.report(swarm.summarize([status(), other], before=1, alone=None, seconds=1))
-    )
+    summary = swarm.summarize([status(), other], before=1, alone=None, seconds=1)
+    assert said in command.report(summary)[-1]
+    assert summary.differ == (said == "they DIFFER")
+    assert not summary.equal
 
 
 def test_nothing_known_is_not_one_model() -> None:
@@ -200,6 +206,69 @@ def test_what_was_measured_before_the_end_is_not_told_as_the_end() -> None:
     rows = [status(), status(evaluation=9.1, measured=False), None]
     assert swarm.summarize(rows, before=1, alone=None, seconds=1).after == 2.08
     assert swarm.summarize(rows[1:], before=1, alone=None, seconds=1).after is None
+
+
+class Scripted:
+    """Stands in for a swarm: what is seen at each look, the last one for ever."""
+
+    def __init__(self, *looks: list[Status | None], living: Sequence[int] = (0, 1)) -> None:
+        self.looks, self.seen, self.indices = looks, 0, living
+
+    def look(self) -> list[Status | None]:
+        self.seen += 1
+        return self.looks[min(self.seen, len(self.looks)) - 1]
+
+    def living(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(index=index) for index in self.indices]
+
+
+class Blank:
+    def show(self, rows: list[Status | None], elapsed: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("unit", ["bits per byte", "accuracy"])
+def test_before_and_after_are_the_same_look(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    monkeypatch.setattr(command, "INTERVAL", 0.0)
+    worker = Worker(pid=7)
+    quick = status(worker=worker, measured=False, evaluation=9.35, first_evaluation=9.35, unit=unit)
+    none = status(worker=worker, measured=False, evaluation=None)
+    thorough = status(worker=worker, evaluation=9.3, first_evaluation=9.3, unit=unit)
+    scripted = Scripted([none, none], [quick, none], [quick, thorough])
+    rows = command._known_at_first(cast(swarm.Swarm, scripted))
+    assert scripted.seen == 3
+    assert command.first_evaluation(rows) == 9.3
+    assert command.first_evaluation([quick, None]) is None
+
+
+def test_nobody_waits_for_a_measure_that_nobody_can_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "INTERVAL", 0.0)
+    scripted = Scripted([status(measured=False), None])
+    command._known_at_first(cast(swarm.Swarm, scripted))
+    assert scripted.seen == 1
+
+
+def test_an_update_on_its_way_at_the_end_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "INTERVAL", 0.0)
+    one = status(worker=Worker(pid=7))
+    further = status(worker=Worker(pid=7), fingerprint="cc", frontier=Frontier(hash="dd"))
+    scripted = Scripted([one, further], [further, further])
+    seen = cast(swarm.Swarm, scripted)
+    rows = command._measured(seen, [one, further], Blank(), 1.0, one=True)  # type: ignore[arg-type]
+    assert swarm.one_model(rows)
+    rows = command._measured(seen, [one, further], Blank(), 1.0, one=False)  # type: ignore[arg-type]
+    assert rows == [one, further], "where there was no one model before, none is waited for"
+
+
+def test_who_has_ended_does_not_answer_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "INTERVAL", 0.0)
+    measuring = status(worker=Worker(pid=7), measured=False, evaluation=9.0)
+    done = status(worker=Worker(pid=7))
+    seen = cast(swarm.Swarm, Scripted([measuring, None], [done, None], living=[0]))
+    rows = command._measured(seen, [measuring] * 2, Blank(), 1.0, one=True)  # type: ignore[arg-type]
+    assert rows == [done, None]
+    busy = cast(swarm.Swarm, Scripted([None, done], living=[0, 1]))
+    assert command.last_known([measuring, None], busy) == [measuring, done]
 
 
 def test_only_who_has_a_worker_is_waited_for() -> None:
@@ -274,7 +343,12 @@ def test_the_plain_line_holds_the_range_of_turns_and_the_means() -> None:
         None,
     ]
     text = table.line(rows, "bits per byte", 12.0)
-    assert "12 s  2 peers  turn 3-5/40  loss 2.500  bits per byte 2.080  sent 6.0 MB" in text
+    assert "12 s  2 peers  turn 3-5/40  loss 2.500  bits per byte 2.080  sent 6.0 MB in all" in text
+    assert "2 models in flight" in text
+    assert "one model" in table.line([status(), status()], "", 1.0)
+    unknown = status(fingerprint="")
+    for rows in ([unknown], [unknown] * 2, [unknown, status()]):
+        assert "not all have a model" in table.line(rows, "", 1.0)
     assert "nobody answers" in table.line([None], "", 1.0)
 
 
@@ -288,6 +362,7 @@ def test_the_overview_shows_peers_and_what_is_wrong() -> None:
         PeerRow(id="12D3KooWabcdef", me=True, standing="degraded", turn=3),
         PeerRow(id="12D3KooWuvwxyz", state="failed", standing="training", agrees=False),
     ]
+    assert "0 B" not in shown(table._peers(one, rows)), "what nobody said is not nothing"
     text = "".join(map(shown, table.overview(one, rows)))
     assert "degraded: log full" in text
     assert "join: shoal join /ip4/192.0.2.1/x" in text
@@ -408,6 +483,8 @@ def test_a_deaf_daemon_is_killed_with_its_worker(
 DRIVER = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 from shoal.node import cli, swarm
 swarm.Plan.argv = lambda self, index, join: [
     sys.executable, {stand_in!r}, str(self.folder(index)), "good"]

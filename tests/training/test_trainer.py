@@ -12,6 +12,7 @@ import torch
 from shoal.training import merkle
 from shoal.training.exchange import Arrived
 from shoal.training.method import TrainingError
+from shoal.training.methods.gradient import Gradient
 from shoal.training.run import RunError, RunSpec
 from shoal.training.trainer import CheckpointError, Setup, Trainer
 from shoal.training.turn import Turned
@@ -264,6 +265,22 @@ def test_training_alone_uses_the_same_steps_and_leaves_the_ledger() -> None:
     before = one.fingerprint()
     assert one.alone(250) > 0.9
     assert one.fingerprint() == before
+
+
+def test_training_alone_stops_in_the_schedule_where_the_swarm_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = trainer(run=changed(swarm={"min_peers": 1}, run={"turns": 40}), shard=(0, 1))
+    taken: list[tuple[int, int]] = []
+    learn = Gradient.learn
+
+    def note(self: Gradient, *args: Any, turn: int, steps: int, seed: int) -> Any:
+        taken.append((turn, steps))
+        return learn(self, *args, turn=turn, steps=steps, seed=seed)
+
+    monkeypatch.setattr(Gradient, "learn", note)
+    one.alone(10, turns=4)
+    assert taken == [(1, 2), (2, 3), (3, 2), (4, 3)]
 
 
 # ---- the user's own task, and what can be wrong with it
