@@ -1,4 +1,4 @@
-"""The transport over real sockets: links, calls, transfers, and everybody it refuses."""
+"""The transport over real sockets: links, calls, and everybody it refuses."""
 
 import asyncio
 import os
@@ -7,7 +7,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,151 +15,38 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from support.transports import (
+    GENESIS,
+    LIMITS,
+    OPEN,
+    RUN,
+    Node,
+    Owner,
+    link,
+    linked,
+    node,
+    on_a_loop,
+    outcome,
+    raw,
+    running,
+    until,
+)
 
 from shoal.gossip import messages as m
 from shoal.gossip import records as r
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import Author, Hash, PeerId, RunId, digest
-from shoal.node.addresses import Address, Listen, parse, parse_bare
+from shoal.node.addresses import Address, Listen, parse
 from shoal.node.admission import Admission, Credentials
-from shoal.node.errors import ConfigError, PeerError
+from shoal.node.errors import PeerError
 from shoal.node.identity import Identity, peer_text
 from shoal.node.transport import dial
-from shoal.node.transport.grpc import Transport
-from shoal.node.transport.handler import Buffer
-from shoal.node.transport.newcomer import fetch_genesis, fetch_snapshot
 from shoal.node.transport.rpc import SERVICE
 from shoal.node.transport.server import loud
 from shoal.node.wire import frames, requests
 from shoal.node.wire.records import Sealer
 from shoal.proto.v1 import gossip_pb2 as pb
 from shoal.proto.v1.gossip_pb2_grpc import GossipServiceStub
-
-GENESIS = b"a genesis" * 100
-RUN = RunId(digest(GENESIS))
-OPEN = Admission(RUN)
-LOOPBACK = Listen("127.0.0.1", 0)
-LIMITS = Limits(dial_timeout=2.0, handshake_timeout=1.0, call_timeout=2.0)
-
-
-class Owner:
-    """A handler that notes everything, and answers pings."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, PeerId, str]] = []
-        self.heard: list[tuple[PeerId, m.Message]] = []
-        self.payloads: dict[Hash, Buffer] = {}
-        self.model: Buffer | None = None
-        self.sums = b""
-
-    def on_link_up(self, peer: PeerId, admission: bytes) -> None:
-        assert Admission(RUN).verify(peer, admission) or len(admission) == 64
-        self.events.append(("up", peer, ""))
-
-    def on_link_down(self, peer: PeerId, reason: str) -> None:
-        self.events.append(("down", peer, reason))
-
-    def on_message(self, peer: PeerId, message: m.Message) -> Sequence[m.Message]:
-        self.heard.append((peer, message))
-        return [m.Ack(message.nonce)] if isinstance(message, m.Ping) else []
-
-    def on_misbehaviour(self, peer: PeerId, reason: str) -> None:
-        self.events.append(("bad", peer, reason))
-
-    def payload(self, payload: Hash) -> Buffer | None:
-        return self.payloads.get(payload)
-
-    def genesis(self) -> bytes:
-        return GENESIS
-
-    async def initial(self) -> Buffer | None:
-        return self.model
-
-    async def snapshot(self) -> bytes:
-        return self.sums
-
-    def of(self, what: str) -> list[str]:
-        return [reason for kind, _, reason in self.events if kind == what]
-
-
-class Node(Transport):
-    """A transport and its owner."""
-
-    owner: Owner
-
-    @property
-    def peer(self) -> PeerId:
-        return self.identity.peer
-
-    @property
-    def address(self) -> Address:
-        return parse_bare(self.addresses[0]).of(self.peer, self.admission.run)
-
-
-def node(
-    admission: Admission = OPEN,
-    limits: Limits = LIMITS,
-    listen: Listen = LOOPBACK,
-    identity: Identity | None = None,
-) -> Node:
-    owner = Owner()
-    made = Node(identity or Identity.generate(), admission, owner, listen=listen, limits=limits)
-    made.owner = owner
-    return made
-
-
-@asynccontextmanager
-async def running(*nodes: Node) -> AsyncIterator[None]:
-    try:
-        for each in nodes:
-            await each.start()
-        yield
-    finally:
-        for each in nodes:
-            await each.stop()
-
-
-async def until(true: Callable[[], object], seconds: float = 20.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not true():
-            await asyncio.sleep(0.01)
-
-
-async def link(one: Node, two: Node) -> None:
-    one.connect(two.peer, two.addresses)
-    await linked(one, two)
-
-
-async def linked(one: Node, two: Node) -> None:
-    def both() -> bool:
-        return any(v.peer == two.peer for v in one.links()) and any(
-            v.peer == one.peer for v in two.links()
-        )
-
-    await until(both)
-
-
-Test = Callable[[], Coroutine[None, None, None]]
-
-
-def on_a_loop(test: Test) -> Callable[[], None]:
-    """Run an async test; what a callback raises fails it too."""
-
-    def run() -> None:
-        failures: list[dict[str, object]] = []
-
-        async def watched() -> None:
-            loop = asyncio.get_running_loop()
-            loop.set_exception_handler(lambda _, context: failures.append(context))
-            async with asyncio.timeout(30):
-                await test()
-
-        asyncio.run(watched())
-        assert not failures
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
-
 
 # ---------------------------------------------------------------- links and messages
 
@@ -432,22 +319,6 @@ def test_a_client_of_another_swarm_does_not_get_through_tls(stranger: Admission)
             assert b.owner.events == []
 
     test()
-
-
-@asynccontextmanager
-async def raw(to: Node, credentials: Credentials) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel with anybody's certificate, as somebody else's program would make it."""
-    found = await dial.find(to.admission, to.peer, [to.address], timeout=2)
-    async with dial.channel(found, credentials, 64 << 20) as channel:
-        yield channel
-
-
-async def outcome(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
-    try:
-        await asyncio.wait_for(call, 5)
-    except grpc.aio.AioRpcError as error:
-        return error.code(), error.details() or ""
-    return grpc.StatusCode.OK, ""
 
 
 async def hello_outcome(to: Node, who: Identity, first: bytes) -> tuple[grpc.StatusCode, str]:
@@ -812,261 +683,6 @@ def test_our_own_bug_reaches_the_loop_s_exception_handler_at_either_end() -> Non
         loop.set_exception_handler(before)
 
     test()
-
-
-# ---------------------------------------------------------------- transfers
-
-
-async def collect(chunks: AsyncIterator[bytes]) -> bytes:
-    return b"".join([chunk async for chunk in chunks])
-
-
-@on_a_loop
-async def test_a_large_payload_is_pulled_and_resumed_anywhere() -> None:
-    a, b, c = node(), node(), node()
-    data = os.urandom(20 << 20)
-    payload = digest(data)
-    b.owner.payloads[payload] = data
-    c.owner.payloads[payload] = memoryview(data)
-    async with running(a, b, c):
-        a.know(b.peer, b.addresses)
-        a.know(c.peer, c.addresses)
-        first = b""
-        async for chunk in a.pull(b.peer, payload, len(data)):
-            first += chunk
-            if len(first) > 5 << 20:
-                break
-        rest = await collect(a.pull(c.peer, payload, len(data), len(first)))
-        assert digest(first + rest) == payload
-        assert a.bytes_in["payloads"] == len(data)
-        assert await collect(a.pull(b.peer, payload, len(data), len(data))) == b""
-
-
-@on_a_loop
-async def test_the_dialled_end_of_a_link_can_pull_too() -> None:
-    a, b = node(), node()
-    a.owner.payloads[digest(b"data")] = b"data"
-    async with running(a, b):
-        await link(a, b)
-        assert await collect(b.pull(a.peer, digest(b"data"), 4)) == b"data"
-
-
-@pytest.mark.parametrize(
-    ("held", "declared", "offset", "reason"),
-    [
-        (b"x" * 999, 1000, 0, "truncated"),
-        (b"x" * 1001, 1000, 0, "oversize"),
-        (b"x" * (3 << 20), 1000, 0, "oversize"),
-        (b"", 1000, 0, "truncated"),
-        (b"x" * 10, 1000, 500, "truncated"),
-        (None, 1000, 0, "not found"),
-        (b"x", 2 << 30, 0, "oversize"),
-        (b"x", 10, 11, "oversize"),
-    ],
-)
-def test_a_transfer_of_another_length_raises(
-    held: bytes | None, declared: int, offset: int, reason: str
-) -> None:
-    @on_a_loop
-    async def test() -> None:
-        a, b = node(), node()
-        payload = digest(b"wanted")
-        if held is not None:
-            b.owner.payloads[payload] = held
-        async with running(a, b):
-            a.know(b.peer, b.addresses)
-            with pytest.raises(PeerError) as caught:
-                await collect(a.pull(b.peer, payload, declared, offset))
-            assert caught.value.reason == reason
-
-    test()
-
-
-@on_a_loop
-async def test_a_peer_that_dies_in_the_middle_of_a_transfer_is_an_error_at_once() -> None:
-    a, b = node(), node()
-    data = bytes(30 << 20)
-    b.owner.payloads[digest(data)] = data
-    async with running(a):
-        await b.start()
-        a.know(b.peer, b.addresses)
-        chunks = a.pull(b.peer, digest(data), len(data))
-        await anext(chunks)
-        await b.stop()
-        with pytest.raises(PeerError) as caught:
-            await collect(chunks)
-        assert caught.value.reason in {"unreachable", "truncated"}
-
-
-@on_a_loop
-async def test_a_transfer_without_progress_times_out() -> None:
-    a, b = node(limits=replace(LIMITS, pull_timeout=0.3)), node()
-
-    async def forever(peer: PeerId, request: bytes, context: object) -> None:
-        await asyncio.sleep(60)
-
-    b._transfers.serve_pull = forever  # type: ignore[method-assign]
-    async with running(a, b):
-        a.know(b.peer, b.addresses)
-        with pytest.raises(PeerError) as caught:
-            await collect(a.pull(b.peer, Hash(bytes(32)), 1))
-        assert caught.value.reason == "timeout"
-
-
-@on_a_loop
-async def test_one_peer_can_not_take_all_transfers() -> None:
-    b, who = node(limits=replace(LIMITS, transfers=8)), Identity.generate()
-    data = bytes(30 << 20)
-    b.owner.payloads[digest(data)] = data
-    async with running(b), raw(b, OPEN.credentials(who)) as channel:
-        pull: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
-            f"/{SERVICE}/Pull"
-        )
-        request = requests.encode_pull(digest(data), 0)
-        calls = [pull(request), pull(request)]
-        for call in calls:
-            assert await call.read()
-        code, _ = await outcome(pull(request).read())
-        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        for call in calls:
-            call.cancel()
-        await until(lambda: not b._transfers._serving)
-
-
-@on_a_loop
-async def test_the_initial_model_is_served() -> None:
-    a, b = node(), node()
-    async with running(a, b):
-        a.know(b.peer, b.addresses)
-        with pytest.raises(PeerError) as caught:
-            await collect(a.initial(b.peer, 4000))
-        assert caught.value.reason == "not found"
-        b.owner.model = bytes(range(250)) * 16
-        assert await collect(a.initial(b.peer, 4000)) == b.owner.model
-        assert await collect(a.initial(b.peer, 4000, 1000)) == b.owner.model[1000:]
-
-
-@on_a_loop
-async def test_nobody_can_be_pulled_from_without_an_address() -> None:
-    a = node()
-    async with running(a):
-        with pytest.raises(PeerError, match="no address"):
-            await collect(a.pull(PeerId(bytes(32)), Hash(bytes(32)), 1))
-
-
-@on_a_loop
-async def test_unused_connections_are_closed() -> None:
-    a, b = node(limits=replace(LIMITS, channel_idle=0.0)), node()
-    async with running(a, b):
-        a.know(b.peer, b.addresses)
-        a.send(b.peer, m.Ping(1))
-        await until(lambda: a.owner.heard)
-        assert b.peer in a.local.channels
-        await asyncio.sleep(0.05)
-        await a.local.channels.sweep()
-        assert b.peer not in a.local.channels
-        await link(a, b)
-        await a.local.channels.sweep()
-        assert a.links()
-
-
-# ---------------------------------------------------------------- joining
-
-
-@on_a_loop
-async def test_a_joiner_gets_the_genesis_and_its_run_id_is_checked() -> None:
-    b = node()
-    async with running(b):
-        assert await fetch_genesis(b.address, limits=LIMITS) == GENESIS
-        b.owner.genesis = lambda: b"another"  # type: ignore[method-assign]
-        with pytest.raises(PeerError) as caught:
-            await fetch_genesis(b.address, limits=LIMITS)
-        assert caught.value.reason == "hash"
-        b.owner.genesis = lambda: bytes(2 << 20)  # type: ignore[method-assign]
-        with pytest.raises(PeerError):
-            await fetch_genesis(b.address, limits=LIMITS)
-
-
-@on_a_loop
-async def test_a_joiner_gets_a_snapshot_if_it_is_admitted() -> None:
-    secret = b"s" * 20
-    b, who = node(Admission(RUN, secret)), Identity.generate()
-    b.owner.sums = b"sums" * 1000
-    async with running(b):
-        for key, said in ((secret, None), (b"t" * 20, "not admitted")):
-            admission = Admission(RUN, key)
-            asked = fetch_snapshot(b.address, b.peer, admission, who, LIMITS)
-            if said is None:
-                assert await asked == b"sums" * 1000
-            else:
-                with pytest.raises(PeerError) as caught:
-                    await asked
-                assert caught.value.reason == said
-
-
-@on_a_loop
-async def test_a_joiner_is_told_what_is_wrong_with_its_address() -> None:
-    secret = b"s" * 20
-    b = node(Admission(RUN, secret))
-    wrong = Identity.generate().peer
-    async with running(b):
-        assert await fetch_genesis(b.address, secret=secret, limits=LIMITS) == GENESIS
-        for address, given, said in (
-            (b.address, None, "--secret-file"),
-            (b.address, b"t" * 20, "--secret-file"),
-            (b.address.of(b.peer, RunId(bytes(32))), secret, "another run"),
-            (b.address.of(wrong, RUN), secret, peer_text(b.peer)),
-            (b.address.of(wrong, RUN), secret, peer_text(wrong)),
-            (replace(b.address, peer=None), secret, f"/p2p/{peer_text(b.peer)}"),
-            (b.address.bare(), secret, "names no run"),
-            (replace(b.address, port=1), secret, "can't be reached"),
-        ):
-            with pytest.raises(PeerError) as caught:
-                await fetch_genesis(address, secret=given, limits=LIMITS)
-            assert said in str(caught.value)
-            assert "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------- listening
-
-
-@on_a_loop
-async def test_a_port_in_use_is_one_clear_line() -> None:
-    a = node()
-    async with running(a):
-        for listen in (Listen("127.0.0.1", a.port), Listen("", a.port)):
-            second = node(listen=listen)
-            with pytest.raises(ConfigError, match=r"in use.*--listen") as caught:
-                await second.start()
-            assert "\n" not in str(caught.value)
-            await second.stop()
-
-
-@on_a_loop
-async def test_an_address_of_another_machine_can_not_be_listened_on() -> None:
-    a = node(listen=Listen("203.0.113.5", 0))
-    with pytest.raises(ConfigError, match="no address of this machine"):
-        await a.start()
-    await a.stop()
-
-
-@on_a_loop
-async def test_all_interfaces_are_the_default() -> None:
-    a, b = node(listen=Listen("", 0)), node()
-    async with running(a, b):
-        assert a.port
-        b.connect(a.peer, [f"/ip4/127.0.0.1/tcp/{a.port}"])
-        await until(lambda: b.links())
-        assert a.links()[0].host == "127.0.0.1"
-
-
-@on_a_loop
-async def test_advertised_addresses_replace_the_machine_s_own() -> None:
-    told = parse_bare("/dns4/shoal.example.org/tcp/7464")
-    a = Transport(
-        Identity.generate(), OPEN, Owner(), listen=LOOPBACK, limits=LIMITS, advertise=[told]
-    )
-    assert a.addresses == (str(told),)
 
 
 # ---------------------------------------------------------------- processes
