@@ -53,7 +53,7 @@ class Estimate:
     parameters: int
     kind: str
     payload: int
-    """Bytes of one update."""
+    """Bytes of one update; where kinds of update take turns, the mean."""
     turn_seconds: float
     steps: int
     received_per_second: float
@@ -371,13 +371,13 @@ def _run(about: Subject) -> tuple[list[Finding], Estimate | None]:
 
 def estimated(found: dict[str, Any], peers: int) -> Estimate:
     """Work out a swarm of `peers` from what a trial turn measured."""
-    step = max(found["step_seconds"], 1e-6)
-    steps = found["steps"] or max(1, round(found["turn_seconds"] / step))
+    step, steps = max(found["step_seconds"], 1e-6), found["steps"]
     others = peers - 1
-    applying = others * found["apply_seconds"]
+    publishing = others * found["participation"]
+    applying = publishing * found["apply_seconds"]
     turn = steps * step + found["encode_seconds"] + applying
     gradients = 2 * others / peers * 4 * found["parameters"] * steps
-    per_turn = others * (found["payload"] + RECORD_BYTES)
+    per_turn = publishing * (found["payload"] + RECORD_BYTES)
     return Estimate(
         peers=peers,
         parameters=found["parameters"],
@@ -394,9 +394,10 @@ def estimated(found: dict[str, Any], peers: int) -> Estimate:
 def describe(estimate: Estimate) -> str:
     """Return an estimate in one line."""
     rate = estimate.received_per_second
+    mean = " on average" if " or " in estimate.kind else ""
     return (
         f"{estimate.parameters:,} parameters, {estimate.peers} peers: a {estimate.kind} update of "
-        f"{_size(estimate.payload)} every {estimate.turn_seconds:.1f} s ({estimate.steps} steps); "
+        f"{_size(estimate.payload)}{mean} every {estimate.turn_seconds:.1f} s ({estimate.steps} steps); "
         f"each peer receives and sends about {_size(rate)}/s ({8e-6 * rate:.2f} Mbit/s), "
         f"{estimate.all_reduce:.0f} times below gradient all-reduce; applying takes "
         f"{estimate.decoding:.1%} of the time"

@@ -8,18 +8,23 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from math import lcm
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from shoal.training.tables import Local
     from shoal.training.trainer import Trainer
     from shoal.training.turn import Turned
 
 STEPS = 2
 """Steps of a trial turn."""
+CYCLE = 1000
+"""Turns looked at for how kinds of update take turns."""
 TURNS = 6
-"""Trial turns; the fastest counts: the first pays for what torch sets up, others for neighbours."""
+"""Trial turns of a kind; the fastest counts: the first pays for what torch sets up, others for
+neighbours."""
 BUDGET = 10.0
-"""Seconds for all trial turns after the second."""
+"""Seconds for all trial turns of a kind after the second."""
 LONGEST = {"torch": 120.0, "libp2p": 30.0, "run": 300.0}
 """Seconds after which a probe is given up."""
 
@@ -106,12 +111,14 @@ def run_here(
     base: str = "",
     device_memory: int = 0,
 ) -> dict[str, Any]:
-    """Build the run, take one short turn, and apply its update: what a turn costs here."""
+    """Build the run, take short turns of each kind, and apply their updates: what a turn costs.
+
+    Where the kinds take turns, numbers are means over turns, and seconds of a step over steps.
+    """
     import dataclasses
     import time
 
     from shoal.compression.settings import SettingError
-    from shoal.training.exchange import Arrived
     from shoal.training.method import TrainingError
     from shoal.training.run import RunError, RunSpec
     from shoal.training.trainer import Setup, Trainer
@@ -129,40 +136,105 @@ def run_here(
         )
         trainer = Trainer(setup, clock=time.monotonic)
         founding = trainer.founding()
-        trials = _try_turns(trainer, members, time.monotonic)
+        costs = [
+            (share, _cost(trainer, turns, members, spec.local, time.monotonic))
+            for share, turns in _turns_by_plane(trainer)
+        ]
     except (SettingError, RunError, TrainingError) as error:
         return {"error": str(error)}
-    turned = trials[-1][0]
-    if turned.payload is None:
-        return {"error": f"the update of a trial turn was dropped: {turned.dropped}"}
-    size, applying = len(turned.payload), []
-    for number in range(1, 4):
-        update = Arrived((bytes(32), 1, number), number, turned.kind, turned.payload, size)
-        began = time.monotonic()
-        trainer.apply([update])
-        applying.append(time.monotonic() - began)
     rule = trainer.exchange.ledger.rule
+    steps = sum(share * cost.steps for share, cost in costs)
     return {
         "quorum": getattr(rule, "quorum", 0) if rule.along else 0,
         "parameters": founding.parameters,
-        "kind": turned.kind,
-        "payload": size,
-        "most": founding.most_bytes.get(turned.kind, size),
-        "step_seconds": min(trial.seconds / max(1, trial.steps) for trial, _ in trials),
-        "encode_seconds": min(rest for _, rest in trials),
-        "apply_seconds": min(applying),
-        "steps": spec.local.steps,
-        "turn_seconds": spec.local.turn_seconds,
+        "kind": " or ".join(dict.fromkeys(cost.kind for _, cost in costs)),
+        "payload": round(sum(share * cost.payload for share, cost in costs)),
+        "most": max(founding.most_bytes.values()),
+        "step_seconds": sum(share * cost.steps * cost.step for share, cost in costs) / steps,
+        "encode_seconds": sum(share * cost.encode for share, cost in costs),
+        "apply_seconds": sum(share * cost.apply for share, cost in costs),
+        "steps": round(steps),
+        "participation": spec.exchange.participation,
     }
 
 
+class _Cost(NamedTuple):
+    """What turns of one kind cost. Seconds and bytes."""
+
+    kind: str
+    payload: float
+    """Mean of the trial turns'."""
+    steps: int
+    """Of a whole turn."""
+    step: float
+    encode: float
+    apply: float
+
+
+def _turns_by_plane(trainer: "Trainer") -> list[tuple[float, list[int]]]:
+    """Return of each kind of update its share of the turns, and the first of them."""
+    rules = trainer.exchange.rules
+    # Longer cycles are cut off: what has one turn in so many costs next to nothing.
+    cycle = min(CYCLE, lcm(*(plane.every for plane in rules.planes)))
+    found: dict[int, list[int]] = {}
+    for turn in range(1, cycle * TURNS + 1):
+        found.setdefault(rules.plane(turn), []).append(turn)
+    return [(len(t) / (cycle * TURNS), t[:TURNS]) for _, t in sorted(found.items())]
+
+
+def _cost(
+    trainer: "Trainer",
+    turns: list[int],
+    members: int,
+    local: "Local",
+    clock: Callable[[], float],
+) -> _Cost:
+    """Take these turns, and apply the last update; raises RunError if that one was dropped."""
+    from shoal.compression.codec import Directed
+    from shoal.training.exchange import Arrived
+    from shoal.training.run import RunError
+
+    trials = _try_turns(trainer, turns, members, clock)
+    turned = trials[-1][0]
+    if turned.payload is None:
+        raise RunError(f"the update of a trial turn was dropped: {turned.dropped}")
+    applying = []
+    for number in range(1, 4):
+        update = Arrived(
+            (bytes(32), turns[0], number),
+            turns[0],
+            turned.kind,
+            turned.payload,
+            len(turned.payload),
+        )
+        began = clock()
+        trainer.apply([update])
+        applying.append(clock() - began)
+    step = min(trial.seconds / max(1, trial.steps) for trial, _ in trials)
+    codec = trainer.exchange.rules.fragment(turns[0]).codec
+    steps = turned.steps if isinstance(codec, Directed) else local.steps
+    if not steps:
+        fitting = round(local.turn_seconds / max(step, 1e-6))
+        steps = max(local.min_steps, min(local.max_steps, fitting))
+    sizes = [len(trial.payload) for trial, _ in trials if trial.payload is not None]
+    return _Cost(
+        kind=turned.kind,
+        payload=sum(sizes) / len(sizes),
+        steps=steps,
+        step=step,
+        encode=min(rest for _, rest in trials),
+        apply=min(applying),
+    )
+
+
 def _try_turns(
-    trainer: "Trainer", members: int, clock: Callable[[], float]
+    trainer: "Trainer", turns: list[int], members: int, clock: Callable[[], float]
 ) -> "list[tuple[Turned, float]]":
     """Return trial turns, each with the seconds that it spent on anything but its steps."""
-    trials, began = [], clock()
-    for turn in range(1, TURNS + 1):
-        if turn > 2 and clock() - began > BUDGET:
+    trials: list[tuple[Turned, float]] = []
+    began = clock()
+    for turn in turns:
+        if len(trials) >= 2 and clock() - began > BUDGET:
             break
         at = clock()
         turned = trainer.turn(turn, members)

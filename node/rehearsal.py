@@ -39,7 +39,6 @@ class TrainingWorker:
     steps: int = 0
     published: int = 0
     """Payload bytes."""
-    first_evaluation: float | None = None
 
     def fingerprint(self) -> Delta:
         """Return the model's fingerprint."""
@@ -66,8 +65,6 @@ class TrainingWorker:
             raise ConfigError(str(error)) from error
         self.steps += turned.steps
         self.published += len(turned.payload or b"")
-        if self.first_evaluation is None:
-            self.first_evaluation = turned.evaluation
         self.last = Report(
             turn=start.turn, steps=self.steps, loss=turned.loss, evaluation=turned.evaluation
         )

@@ -247,6 +247,8 @@ def _evaluate(result: Result, trainer: "Trainer") -> None:
     result.unit = trainer.unit
     if math.isfinite(value):
         result.evaluation = value
+    elif hasattr(trainer.task, "evaluate"):
+        result.notes.append(f"the model's measure on held-out data is no number: {value}")
     else:
         result.notes.append("the task has no measure on held-out data")
 

@@ -198,14 +198,21 @@ def report(
     good = [result for result in results if not result.failed]
     setting = f"{args.peers} peers, {args.seeds} seed{'s' if args.seeds > 1 else ''}"
     if good:
-        first = good[0]
-        setting += f", {first.turns} turns of {first.steps / max(first.turns, 1):.0f} steps each"
-        setting += f", {first.parameters:,} parameters; before and after: {unit(results)} held out"
+        turns = _all_of({str(r.turns) for r in good})
+        steps = _all_of({f"{r.steps / max(r.turns, 1):.0f}" for r in good})
+        setting += f", {turns} turns of {steps} steps each"
+        setting += f", {_all_of({f'{r.parameters:,}' for r in good})} parameters"
+        setting += f"; before and after: {unit(results)} held out"
     if args.seeds > 1:
         setting += ", mean ± standard deviation"
     draw = _report.markdown if args.markdown else _report.grid
     failed = [f"{row.name} failed: {row.failed}" for row in rows if row.failed]
     return [setting, "", draw(HEADS, cells), "", *failed]
+
+
+def _all_of(said: set[str]) -> str:
+    """Return what is so in all runs, or all that is so in one of them."""
+    return " or ".join(sorted(said, key=lambda text: (len(text), text)))
 
 
 def _spread(spread: Any, seeds: int) -> str:

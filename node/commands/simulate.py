@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     if not tables["run"].get("turns"):
         raise ConfigError(f"{args.run_file} goes on for ever; say where to stop: --turns 10")
     simulator = _make(args, tables)
+    before = _measure(simulator)
     ended = _watch(simulator, quiet=args.json)
-    summary = summarize(simulator, ended=ended)
+    summary = summarize(simulator, before, ended=ended)
     print(json.dumps(summary) if args.json else "\n".join(report(summary)))
     return 0 if summary["equal"] else 1
 
@@ -132,16 +133,16 @@ def _means(simulator: "Simulator") -> dict[str, float | None]:
     return answer
 
 
-def _final(simulator: "Simulator") -> float | None:
-    """Return the measure of the model that all hold at the end; None for fake workers."""
+def _measure(simulator: "Simulator") -> float | None:
+    """Return the measure of the model that all hold, before or after; None for fake workers."""
     from shoal.node.status import known
 
     worker: Any = simulator.living()[0].worker
     return known(worker.evaluate()) if hasattr(worker, "evaluate") else None
 
 
-def summarize(simulator: "Simulator", *, ended: bool) -> dict[str, Any]:
-    """Return what came of it."""
+def summarize(simulator: "Simulator", before: float | None, *, ended: bool) -> dict[str, Any]:
+    """Return what came of it; `before` is what `_measure` said of the initial model."""
     living = simulator.living()
     models = {(peer.core.frontier.hash, peer.worker.fingerprint()) for peer in living}
     return {
@@ -153,9 +154,9 @@ def summarize(simulator: "Simulator", *, ended: bool) -> dict[str, Any]:
         "messages": simulator.messages,
         "message_bytes": simulator.message_bytes,
         "published_bytes": sum(getattr(peer.worker, "published", 0) for peer in living),
-        "first_evaluation": getattr(living[0].worker, "first_evaluation", None),
+        "first_evaluation": before,
         "loss": _means(simulator)["loss"],
-        "evaluation": _final(simulator),
+        "evaluation": _measure(simulator),
         "seed": simulator.seed,
         "trace": simulator.trace(),
     }
@@ -176,7 +177,7 @@ def report(summary: dict[str, Any]) -> list[str]:
         lines.append(f"  held out: {first} before, {table.number(summary['evaluation'])} after")
     return [
         *lines,
-        f"  {summary['messages']} messages of {table.size(summary['message_bytes'])}, "
+        f"  {summary['messages']} messages with {table.size(summary['message_bytes'])} of records, "
         f"payloads of {table.size(summary['published_bytes'])} published",
         f"  fingerprints: {verdict}",
         f"  trace of seed {summary['seed']}: {summary['trace']}",

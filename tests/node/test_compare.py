@@ -1,5 +1,6 @@
 """`shoal compare`: runs side by side, in child processes, with curves of turns and of bytes."""
 
+import argparse
 import csv
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from shoal.node import cli, compare
+from shoal.node.commands import compare as command
 from shoal.node.compare import Point, Result
 
 pytestmark = pytest.mark.sim
@@ -180,3 +182,20 @@ def test_means_and_spread_are_over_the_seeds_that_came_to_the_end() -> None:
     # 2 · 2/3 · 4 bytes · 100 parameters · 10 steps, against two copies of each payload
     assert row.fewer == pytest.approx(sum(16000 / 3 / (2 * b) for b in (50, 51)) / 2)
     assert compare.curves(results) == {"a": [Point(0, None, 2.0, 0), Point(1, 1.5, 2.0, 50.5)]}
+
+
+def test_what_runs_do_not_have_in_common_is_told_of_all() -> None:
+    def one(name: str, turns: int, steps: float, parameters: int, unit: str) -> Result:
+        points = tuple(Point(turn, 1.0, 2.0, 50.0 * turn) for turn in range(turns + 1))
+        plain = {"peers": 3, "parameters": parameters, "steps": steps, "before": 2.0, "after": 1.0}
+        return Result(name=name, seed=0, points=points, unit=unit, **plain)  # type: ignore[arg-type]
+
+    results = [one("a", 4, 120.0, 115_008, "bits per byte"), one("b", 30, 300.0, 4_810, "accuracy")]
+    args = argparse.Namespace(peers=3, seeds=1, markdown=True)
+    setting = command.report(args, compare.rows(results), results)[0]
+    assert setting == (
+        "3 peers, 1 seed, 4 or 30 turns of 10 or 30 steps each, 4,810 or 115,008 parameters; "
+        "before and after: each task's measure held out"
+    )
+    setting = command.report(args, compare.rows(results[:1]), results[:1])[0]
+    assert "4 turns of 30 steps each, 115,008 parameters; before and after: bits" in setting

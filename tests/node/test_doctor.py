@@ -38,7 +38,7 @@ TRIAL = {
     "encode_seconds": 0.1,
     "apply_seconds": 0.01,
     "steps": 30,
-    "turn_seconds": 2.0,
+    "participation": 1.0,
 }
 Answers = dict[str, dict[str, Any]]
 
@@ -227,9 +227,40 @@ def test_the_estimate_is_the_arithmetic_of_the_design() -> None:
     assert it.decoding == pytest.approx(0.03 / it.turn_seconds)
 
 
-def test_steps_follow_turn_seconds_when_the_run_says_so() -> None:
-    it = checkup.estimated(TRIAL | {"steps": 0, "turn_seconds": 2.0}, 2)
-    assert it.steps == 20
+def test_who_is_not_drawn_for_a_turn_sends_nothing_in_it() -> None:
+    it, all_publish = (checkup.estimated(TRIAL | {"participation": p}, 4) for p in (0.25, 1.0))
+    assert it.all_reduce == pytest.approx(4 * all_publish.all_reduce)
+    assert it.decoding * it.turn_seconds == pytest.approx(3 * 0.01 / 4)
+
+
+TINY = {
+    "run": {"name": "x", "turns": 99},
+    "task": {"name": "digits", "width": 4},
+    "local": {"steps": 30, "batch": 2, "optimizer": {"name": "sgd", "lr": 0.1}},
+    "swarm": {"min_peers": 2},
+}
+DENSE = {"kind": "dense", "levels": 3}
+SLOPES = {"kind": "scalar", "directions": "own", "perturbations": 16}
+
+
+def trial(update: Any, **local: object) -> dict[str, Any]:
+    tables = TINY | {"exchange": {"update": update}, "local": {**TINY["local"], **local}}
+    return probe.run_here(tables, 2, "", "cpu", "")
+
+
+def test_steps_are_those_that_turns_of_the_run_take() -> None:
+    assert trial(DENSE)["steps"] == 30
+    assert trial(SLOPES)["steps"] == 16, "one for each slope, whatever local.steps says"
+    by_time = {"steps": 0, "turn_seconds": 8e4, "min_steps": 2, "max_steps": 70}
+    assert trial(DENSE, **by_time)["steps"] == 70
+
+
+def test_kinds_that_take_turns_are_told_together() -> None:
+    both, dense, slopes = trial([DENSE | {"every": 5}, SLOPES]), trial(DENSE), trial(SLOPES)
+    assert both["kind"] == "dense or scalar"
+    assert both["steps"] == round((30 + 4 * 16) / 5)
+    mean = (dense["payload"] + 4 * slopes["payload"]) / 5
+    assert both["payload"] == pytest.approx(mean, rel=0.05)
 
 
 @pytest.mark.parametrize(("peers", "problems", "warnings"), [(4, 0, 0), (300, 0, 1), (600, 1, 1)])

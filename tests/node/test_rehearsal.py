@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from shoal.node import cli, rehearsal
+from shoal.node.config import to_toml
 from shoal.node.errors import ConfigError
 from shoal.node.simulation.faults import Fault, Network
 from shoal.node.swarm import adapt, read_run
@@ -39,6 +40,21 @@ def test_fake_peers_need_no_training(capsys: pytest.CaptureFixture[str]) -> None
     assert summary["equal"]
     assert summary["updates"] == 24
     assert summary["evaluation"] is None
+
+
+def test_before_is_measured_as_after_is_and_of_the_initial_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = adapt(read_run("digits"), peers=2, turns=1)
+    tables["local"] = {**tables["local"], "evaluate_every": 0}
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(tables))
+    assert cli.main(["simulate", str(path), "--peers", "2", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    simulator = rehearsal.rehearse(tables, 2, seed=0, network=Network())
+    assert summary["first_evaluation"] == simulator.peers[0].worker.evaluate()
+    assert cli.main(["simulate", str(path), "--peers", "2", "--turns", "1"]) == 0
+    assert f"held out: {summary['first_evaluation']:.3f} before" in capsys.readouterr().out
 
 
 def test_a_peer_whose_worker_starts_anew_holds_the_same_model() -> None:
