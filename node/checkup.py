@@ -397,8 +397,9 @@ def describe(estimate: Estimate) -> str:
     mean = " on average" if " or " in estimate.kind else ""
     return (
         f"{estimate.parameters:,} parameters, {estimate.peers} peers: a {estimate.kind} update of "
-        f"{_size(estimate.payload)}{mean} every {estimate.turn_seconds:.1f} s ({estimate.steps} steps); "
-        f"each peer receives and sends about {_size(rate)}/s ({8e-6 * rate:.2f} Mbit/s), "
+        f"{_size(estimate.payload)}{mean} every {estimate.turn_seconds:.1f} s "
+        f"({estimate.steps} steps); each peer receives and sends about {_size(rate)}/s "
+        f"({8e-6 * rate:.2f} Mbit/s), "
         f"{estimate.all_reduce:.0f} times below gradient all-reduce; applying takes "
         f"{estimate.decoding:.1%} of the time"
     )
