@@ -166,6 +166,13 @@ class Rebuilt:
 
 
 @dataclass(frozen=True, slots=True)
+class Reported:
+    """What this peer tells of itself changed, and not by a turn."""
+
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """The operator: stop training, go on serving."""
 
@@ -204,6 +211,7 @@ Event = (
     | TurnDone
     | Applied
     | Rebuilt
+    | Reported
     | Pause
     | Resume
     | Depart

@@ -41,6 +41,7 @@ from shoal.gossip.events import (
     PullFailed,
     Rebuilt,
     Received,
+    Reported,
     Resume,
     Start,
     Stored,
@@ -285,6 +286,8 @@ class Protocol:
             case Rebuilt():
                 self.turns.on_rebuilt(event)
                 self._check()
+            case Reported(report):
+                self.turns.report = report
             case Start(addresses, admission, alone):
                 self._start(addresses, admission, alone, now)
             case Pause():

@@ -150,7 +150,6 @@ class Daemon:
         )
         self.meter = self._make_meter()
         self.http = self._make_http()
-        self.core.turns.report = self._report(self.foreman.now)
         self._stop = asyncio.Event()
 
     # ---------------------------------------------------------------- parts
@@ -313,6 +312,7 @@ class Daemon:
         recalled = self.discovery.recall(remembered)
         alone = place.founder is not None and not remembered
         addresses = self.transport.addresses
+        self.driver.feed(ev.Reported(self._report(self.foreman.now)))
         self.driver.feed(ev.Start(addresses, self.transport.proof, alone))
         self.finder.announce(addresses)
         self.finder.bootstrap([*place.config.libp2p_peer, *recalled])
@@ -369,7 +369,7 @@ class Daemon:
             except ConfigError:
                 failed = at
             else:  # what others are told is not to stay what it was before the last turn
-                core.turns.report = self._report(self.foreman.now)
+                self.driver.feed(ev.Reported(self._report(self.foreman.now)))
 
     def _remember(self) -> None:
         """Write down who was here, for the next start."""

@@ -96,20 +96,22 @@ def shell(folder: Path, script: str, timeout: float) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.timeout(300)
 def test_the_example_learns_by_itself(tmp_path: Path) -> None:
     """The task, its run file and its data, without a swarm: the yardstick of --baseline."""
     prepare = [line for line in example(tmp_path) if not line.startswith("shoal")]
     alone = "python -m shoal.node.alone curve.toml 0/3 {} --data points.csv --allow-task"
     script = "\n".join([*prepare, *(f"{alone.format(n)} curve:Curve" for n in (1, 400))])
-    done = shell(tmp_path, script, 100)
+    done = shell(tmp_path, script, 280)
     assert done.returncode == 0, done.stderr
     first, last = (json.loads(line)["alone"] for line in done.stdout.splitlines())
     assert last < first / 2
 
 
 @pytest.mark.real
+@pytest.mark.timeout(300)
 def test_the_example_learns_in_a_swarm(tmp_path: Path) -> None:
-    done = shell(tmp_path, "\n".join(example(tmp_path)), 110)
+    done = shell(tmp_path, "\n".join(example(tmp_path)), 280)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "swarm-curve" / "summary.json").read_bytes())
     assert summary["equal"]

@@ -16,7 +16,7 @@ import torch
 from shoal.node import cli, client
 from shoal.node.errors import ConfigError
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(480)]
 
 
 def tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

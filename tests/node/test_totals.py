@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.daemons import Daemon, run_file
 
 from shoal.node.status import State
-from tests.support.daemons import Daemon, run_file
 
 
 @pytest.fixture

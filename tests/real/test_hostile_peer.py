@@ -25,7 +25,7 @@ from shoal.node.transport.grpc import Transport
 from shoal.node.wire.frames import encode
 from shoal.node.wire.records import Sealer, encode_body
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(800)]
 
 GROWTH = 48 << 20
 """Bytes that all attacks together may cost a daemon for good."""

@@ -18,7 +18,7 @@ from support.daemons import Daemon, agree
 
 from shoal.node.status import State, Status
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TURNS, PEERS = 100, 4
 RUN = f"""
@@ -122,6 +122,6 @@ def test_the_honest_learn_beside_a_liar(swarm: Swarm) -> None:
 
 def replayed(daemon: Daemon, *flags: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "shoal.node.cli", "replay", str(daemon.directory), "--json"]
-    said = subprocess.run([*command, *flags], capture_output=True, timeout=100, check=True)
+    said = subprocess.run([*command, *flags], capture_output=True, timeout=300, check=True)
     found: dict[str, Any] = json.loads(said.stdout)
     return found

@@ -12,7 +12,7 @@ import pytest
 from support.daemons import Daemon, run_file
 from support.netns import Host, network
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(800)]
 
 Json = dict[str, Any]
 

@@ -16,7 +16,7 @@ from shoal.node.replay import Options, replay
 from shoal.node.status import State
 from shoal.node.wire import requests
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 RUNS = ["mezo", "one-byte", "fedkseed", "ferret", "subspace", "two-planes"]
 JOINED = """
 [run]
@@ -46,7 +46,7 @@ def test_a_shipped_run_ends_with_one_model_that_every_log_rebuilds(
         [sys.executable, "-m", "shoal.node.cli", *swarm],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

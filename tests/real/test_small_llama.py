@@ -17,7 +17,7 @@ from shoal.node.status import State
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         find_spec("transformers") is None or find_spec("peft") is None,
         reason="the extra hf is not installed: pip install 'shoal[hf]'",

@@ -16,6 +16,8 @@ from shoal.node.client import Client
 from shoal.node.errors import ConfigError
 from shoal.node.status import Status
 
+PATIENCE = 2
+"""How many times as busy a machine may be as those for which the waits were written."""
 DIGITS = """
 [run]
 name = "digits"
@@ -90,14 +92,14 @@ class Daemon:
 
     def wait(self, what: str, good: Callable[[Status], object], seconds: float = 60.0) -> Status:
         """Wait until its status is as wanted."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE * seconds
         last = None
         while time.monotonic() < end:
             last = self.status()
             if last is not None and good(last):
                 return last
             time.sleep(0.2)
-        raise AssertionError(f"not {what} within {seconds} s: {last}\n{self.log()}")
+        raise AssertionError(f"not {what} within {PATIENCE * seconds:.0f} s: {last}\n{self.log()}")
 
     def log(self) -> str:
         """Return the end of its last log."""
@@ -128,7 +130,7 @@ class Daemon:
 
 def agree(daemons: Sequence[Daemon], seconds: float = 60.0) -> str:
     """Wait until all hold one model at one frontier; return the fingerprint."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE * seconds
     seen: list[tuple[str, str, int] | None] = []
     while time.monotonic() < end:
         states = [daemon.status() for daemon in daemons]
@@ -136,4 +138,4 @@ def agree(daemons: Sequence[Daemon], seconds: float = 60.0) -> str:
         if None not in seen and len(set(seen)) == 1 and seen[0] is not None and not seen[0][2]:
             return seen[0][0]
         time.sleep(0.3)
-    raise AssertionError(f"no agreement within {seconds} s: {seen}")
+    raise AssertionError(f"no agreement within {PATIENCE * seconds:.0f} s: {seen}")
