@@ -96,7 +96,6 @@ def shell(folder: Path, script: str, timeout: float) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.timeout(300)
 def test_the_example_learns_by_itself(tmp_path: Path) -> None:
     """The task, its run file and its data, without a swarm: the yardstick of --baseline."""
     prepare = [line for line in example(tmp_path) if not line.startswith("shoal")]
@@ -109,7 +108,6 @@ def test_the_example_learns_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.timeout(300)
 def test_the_example_learns_in_a_swarm(tmp_path: Path) -> None:
     done = shell(tmp_path, "\n".join(example(tmp_path)), 280)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -571,7 +571,7 @@ def told(process: "subprocess.Popen[str]", peers: set[int]) -> list[dict[str, An
 
 def rest(process: "subprocess.Popen[str]") -> list[dict[str, Any]]:
     """End a peer; return the hints not read yet and its last line."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     return [json.loads(line) for line in out.splitlines()]
 

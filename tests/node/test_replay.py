@@ -874,7 +874,6 @@ def test_a_directory_without_a_run_stays_as_it_is(
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_real_daemons_replay_to_one_model_while_they_run_and_after(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -529,7 +529,7 @@ except t.StoreFailed as failed:
     print(number - 1, store.size, failed.reason)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=200
     )
     held, size, reason = done.stdout.strip().split(" ", 2)
     assert reason == "disk: File too large"

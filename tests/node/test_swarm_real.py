@@ -34,7 +34,7 @@ def test_a_swarm_agrees_and_its_model_is_the_same_on_disk_and_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ["--peers", "2", "--turns", "6", "--secret", "--baseline", "--timeout", "150"]
+    flags = ["--peers", "2", "--turns", "6", "--secret", "--baseline", "--timeout", "300"]
     assert cli.main(["swarm", "digits", *flags]) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "swarm-digits"
@@ -65,7 +65,7 @@ def test_commands_find_the_daemon_by_its_directory(tmp_path: Path) -> None:
         'optimizer = { name = "sgd", lr = 0.1 }\n'
     )
     shoal = [sys.executable, "-m", "shoal.node.cli"]
-    here = {"cwd": tmp_path, "text": True, "timeout": 120}
+    here = {"cwd": tmp_path, "text": True, "timeout": 300}
     log = (tmp_path / "log").open("w")
     daemon = subprocess.Popen(
         [*shoal, "start", str(run), "--listen", "127.0.0.1:0", "--threads", "1"],

@@ -22,7 +22,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 @pytest.mark.real
-@pytest.mark.timeout(300)
 def test_totals_go_on_and_what_is_told_at_the_end_is_of_the_end(
     tmp_path: Path, daemon: Daemon
 ) -> None:

@@ -59,7 +59,7 @@ def refused(folder: Path, *argv: object, path: Path | None = None) -> Said:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         out, err = process.communicate()
