@@ -154,7 +154,7 @@ class NodeConfig:
     threads: int = 0
     """Threads of the worker; 0: as many as there are cores."""
     listen: str = ""
-    """`HOST:PORT`; empty: all interfaces, port 7464; port 0: any free one."""
+    """`HOST:PORT`; empty: all interfaces, port 7464; 0: the last start's port, or any."""
     advertise: tuple[str, ...] = ()
     """Addresses to tell others; empty: every non-loopback address of this machine."""
     libp2p: str = "0"

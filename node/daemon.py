@@ -44,6 +44,7 @@ from shoal.node.store import DamagedError, Store
 from shoal.node.traffic import SocketMeter
 from shoal.node.transport.grpc import Transport
 from shoal.node.transport.libp2p import Finder, FinderSettings
+from shoal.node.transport.listen import as_before
 from shoal.node.wire.records import RecordReader, Sealer
 
 __all__ = ["Daemon", "Options", "serve"]
@@ -106,6 +107,7 @@ class Daemon:
             run=run_id,
             summed=dict(self._snapshot.counts()) if self._snapshot is not None else None,
         )
+        self._leave_unused_log()
         self.records = RecordReader(run_id, place.admission.verify)
         self._published = 0
         self.core = self._make_core()
@@ -121,6 +123,7 @@ class Daemon:
             snapshot=self._give_snapshot,
         )
         listen = parse_listen(place.config.listen or f":{PORT}")
+        listen = as_before(listen, place.home.last_port())
         self.transport = Transport(
             place.identity,
             place.admission,
@@ -213,6 +216,14 @@ class Daemon:
         self._go_on(foreman.now)
         return foreman
 
+    def _leave_unused_log(self) -> None:
+        """Publish under a fresh log id where the recorded one has no update here.
+
+        Others may know some: the directory may have been put back to what it was before the first.
+        """
+        if not self.store.counts().get(Author(self.place.identity.peer, self.store.log)):
+            self.store.adopt_log(secrets.randbits(64) or 1)
+
     def _go_on(self, now: Progress) -> None:
         """Let the totals of an earlier life of this peer go on."""
         now.steps, now.turn = self._last("steps"), self._last("turn")
@@ -291,7 +302,8 @@ class Daemon:
     def _introduce(self) -> None:
         """Say where we are, and how to join us."""
         place = self.place
-        place.home.publish_status(self.http.host, self.http.port, self.http.token)
+        port = self.transport.port
+        place.home.publish_status(self.http.host, self.http.port, self.http.token, listening=port)
         print(f"run {place.genesis.run_file.run.name} {place.genesis.run_id.hex()}")
         print(f"peer {place.identity}")
         print(f"directory {place.home.path}")
@@ -541,7 +553,7 @@ class Daemon:
         """Return what `/peers` shows."""
         me = self.place.identity.peer
         rtts = self.core.membership.rtts
-        verdicts = self.core.agreement.verdicts
+        verdicts = self.core.verdicts()
         mine = self._report(self.foreman.now)
         return [_row(member, me, mine, rtts, verdicts) for member in self.core.members()]
 

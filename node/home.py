@@ -4,7 +4,7 @@ identity.key  who this peer is            genesis      what the run is
 log/          updates, proofs             checkpoint/  the worker's state
 initial.bin   the initial integers        run.toml     the file that founded it (founder only)
 peers.json    peers known from before     node.toml    local settings
-metrics.jsonl one line per turn           status.json  where the status port is (and `token`)
+metrics.jsonl one line per turn           status.json  the ports in use (and `token`)
 snapshot      what a joiner began with in place of the log (runs over a pool of seeds)
 lock          held while a daemon runs
 """
@@ -169,11 +169,23 @@ class Home:
         ]
         write_atomically(self.path / "peers.json", json.dumps(entries, indent=1).encode())
 
-    def publish_status(self, host: str, port: int, token: str) -> None:
-        """Write down where the status port is, and the token that changing calls need."""
+    def publish_status(self, host: str, port: int, token: str, *, listening: int = 0) -> None:
+        """Write down where the status port is, and the token that changing calls need.
+
+        `listening`: the port for other peers, to be tried first at the next start.
+        """
         write_atomically(self.path / "token", token.encode() + b"\n")
-        body = {"host": host, "port": port, "pid": os.getpid()}
+        body = {"host": host, "port": port, "pid": os.getpid(), "listening": listening}
         write_atomically(self.path / "status.json", json.dumps(body).encode() + b"\n")
+
+    def last_port(self) -> int:
+        """Return the port at which other peers reached this one before; 0 when none is known."""
+        try:
+            with (self.path / "status.json").open("rb") as file:
+                port = json.loads(file.read(_LINE_BYTES))["listening"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return 0
+        return port if type(port) is int and 0 < port < 1 << 16 else 0
 
     def write_turn(self, line: Mapping[str, object]) -> None:
         """Append one line to metrics.jsonl, which is rotated; a sick disk loses the line only."""

@@ -19,6 +19,16 @@ def check_listen(listen: Listen) -> None:
         raise why
 
 
+def as_before(listen: Listen, port: int) -> Listen:
+    """Return where to listen when any port will do: where others look for us, if that is free.
+
+    `port`: the one of the last start, 0 for none. Peers that were all away know each other by it.
+    """
+    if listen.port or not port or _why_not(bind_host(listen), port) is not None:
+        return listen
+    return listen._replace(port=port)
+
+
 def cannot_listen(host: str, port: int) -> ConfigError:
     """Find out why gRPC could not listen."""
     return _why_not(host, port) or ConfigError(

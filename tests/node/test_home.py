@@ -185,6 +185,22 @@ def test_status_address_and_token_are_for_this_user_alone(tmp_path: Path) -> Non
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 
 
+def test_the_port_of_the_last_start_is_remembered(tmp_path: Path) -> None:
+    with Home(tmp_path) as home:
+        assert home.last_port() == 0
+        home.publish_status("127.0.0.1", 4321, "a-token", listening=5432)
+        assert home.last_port() == 5432
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[3]", "null", '{"listening": "7"}', '{"listening": 65536}', "[" * 5000]
+)
+def test_an_illegible_port_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    with Home(tmp_path) as home:
+        assert home.last_port() == 0
+
+
 def test_metrics_have_one_line_per_turn_and_are_rotated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 """Where a transport listens and says that it does."""
 
+import socket
+
 import pytest
 from support.transports import LIMITS, LOOPBACK, OPEN, Owner, node, on_a_loop, running, until
 
@@ -7,6 +9,7 @@ from shoal.node.addresses import Listen, parse_bare
 from shoal.node.errors import ConfigError
 from shoal.node.identity import Identity
 from shoal.node.transport.grpc import Transport
+from shoal.node.transport.listen import as_before
 
 
 @on_a_loop
@@ -46,3 +49,17 @@ async def test_advertised_addresses_replace_the_machine_s_own() -> None:
         Identity.generate(), OPEN, Owner(), listen=LOOPBACK, limits=LIMITS, advertise=[told]
     )
     assert a.addresses == (str(told),)
+
+
+def test_any_port_is_that_of_the_last_start_while_it_is_free() -> None:
+    any_port, fixed = Listen("127.0.0.1", 0), Listen("127.0.0.1", 7464)
+    with socket.socket() as taken, socket.socket() as held:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert as_before(any_port, taken.getsockname()[1]) == any_port
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))  # it does not listen: others who reuse addresses may
+        free = held.getsockname()[1]
+        assert as_before(any_port, free) == Listen("127.0.0.1", free)
+    assert as_before(any_port, 0) == any_port
+    assert as_before(fixed, 7465) == fixed
