@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,8 @@ _PEERS_BYTES = 4 << 20
 _LINE_BYTES = 4096
 """More than one line of metrics.jsonl has."""
 _ASIDE = 1000
+_LOOK = 0.05
+"""Seconds between two looks at a lock."""
 
 
 class Known(NamedTuple):
@@ -244,6 +247,19 @@ class Home:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def wait_until_free(path: Path, seconds: float) -> bool:
+    """Wait until no daemon uses the directory; return whether that came to be in so long."""
+    until = time.monotonic() + seconds
+    with (path / "lock").open(encoding="ascii") as file:
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_LOOK)
 
 
 def move_aside(path: Path) -> Path | None:

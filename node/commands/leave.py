@@ -4,6 +4,9 @@ import argparse
 
 from shoal.node import flags
 
+ENDING = 30.0
+"""Seconds that the daemon may take to end: its worker finishes the step it is at, and writes."""
+
 
 def register(subparsers: flags.Subparsers) -> None:
     """Add the command."""
@@ -12,9 +15,16 @@ def register(subparsers: flags.Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask the daemon."""
-    from shoal.node import client
+    """Ask the daemon, and wait until it is gone: then its directory can be started again."""
+    from shoal.node import client, home
+    from shoal.node.errors import ConfigError
 
-    client.connect(client.find(args.dir)).post("leave")
+    directory = client.find(args.dir)
+    client.connect(directory).post("leave")
+    if not home.wait_until_free(directory, ENDING):
+        raise ConfigError(
+            f"the daemon in {directory} has left the swarm but not ended within {ENDING:g} s; its "
+            f"pid is in {directory}/status.json"
+        )
     print("left")
     return 0

@@ -185,6 +185,18 @@ def test_status_address_and_token_are_for_this_user_alone(tmp_path: Path) -> Non
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 
 
+def test_a_directory_is_waited_for_until_its_daemon_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    assert not module.wait_until_free(tmp_path, 0.0)
+    monkeypatch.setattr(module.time, "sleep", lambda _: home.close())  # it ends meanwhile
+    assert module.wait_until_free(tmp_path, 3600.0)
+    assert module.wait_until_free(tmp_path, 0.0)
+    with Home(tmp_path):
+        pass  # whoever waited holds nothing
+
+
 def test_the_port_of_the_last_start_is_remembered(tmp_path: Path) -> None:
     with Home(tmp_path) as home:
         assert home.last_port() == 0

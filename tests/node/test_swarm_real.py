@@ -15,6 +15,7 @@ import torch
 
 from shoal.node import cli, client
 from shoal.node.errors import ConfigError
+from shoal.node.home import Home
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(480)]
 
@@ -97,6 +98,7 @@ def test_commands_find_the_daemon_by_its_directory(tmp_path: Path) -> None:
         subprocess.run([*shoal, "resume"], check=True, **here)
         wait_for(lambda: found.status().turn > turn)
         subprocess.run([*shoal, "leave"], check=True, **here)
+        Home(tmp_path / "small").close()  # it is free: what has left can be started again
         assert daemon.wait(30) == 0
     finally:
         if daemon.poll() is None:
