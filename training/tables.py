@@ -52,8 +52,8 @@ class Local:
     turn_seconds: float = 2.0
     """How long a turn shall take when `steps` is 0."""
     min_steps: int = 1
-    max_steps: int = 1000
-    """Bounds on the steps of a turn when `steps` is 0."""
+    max_steps: int = 1_000_000
+    """Bounds on the steps of a turn when `steps` is 0; the upper one is for those who want one."""
     evaluate_every: int = 1
     """Measure the shared model on held-out data before every so manyth turn; 0: never."""
 

@@ -185,6 +185,8 @@ def test_steps_follow_the_time_a_turn_shall_take() -> None:
     local = {"steps": 0, "turn_seconds": 6.0, "min_steps": 4, "max_steps": 40}
     one = trainer(run=changed(local=local))
     assert [one.turn(t, 4).steps for t in (1, 2, 3)] == [4, 24, 40]
+    one = trainer(run=changed(local={"steps": 0, "turn_seconds": 1200.0}))
+    assert [one.turn(t, 4).steps for t in (1, 2)] == [1, 1200], "nobody asked for a bound"
 
 
 def test_evaluation_is_of_the_shared_model_and_as_often_as_asked() -> None:
