@@ -270,10 +270,6 @@ class Agreement:
         counts = dict(progress.frontier)
         return self._passed(counts) and self.frontier.hash_at(counts) == progress.frontier_hash
 
-    def agrees(self) -> bool | None:
-        """Return whether all statements compared so far agree with us; None before the first."""
-        return all(self.verdicts.values()) if self.verdicts else None
-
     def forget(self, peers: Iterable[PeerId]) -> None:
         """These peers no longer count."""
         for peer in peers:

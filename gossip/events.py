@@ -110,6 +110,11 @@ class StoreFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreMended:
+    """What was in memory is on the disk as well, and what comes will be."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The log can't give this update any more, though it was held: it must be fetched anew."""
 
@@ -205,6 +210,7 @@ Event = (
     | PullFailed
     | Stored
     | StoreFailed
+    | StoreMended
     | Lost
     | WorkerReady
     | WorkerDown

@@ -46,6 +46,7 @@ from shoal.gossip.events import (
     Start,
     Stored,
     StoreFailed,
+    StoreMended,
     Tick,
     TurnDone,
     Wake,
@@ -262,6 +263,8 @@ class Protocol:
                 self._on_stored(record)
             case StoreFailed(record, reason):
                 self._on_store_failed(record, reason)
+            case StoreMended():
+                self.arrivals.full, self.turns.unwritable = False, ""
             case Lost(key):
                 self._on_lost(key)
             case Misbehaved(peer, reason):
@@ -326,7 +329,7 @@ class Protocol:
         if self.footing.snapshot is not None:
             self.timers.set("footing", now + limits.repair_interval)
         if alone:
-            self._begin()
+            self._begin_alone()
         else:
             self.timers.set("patience", now + limits.join_patience)
 
@@ -334,6 +337,12 @@ class Protocol:
         """Begin to train once we hold what the first peer that told us held."""
         if not self.joined and self.repair.caught_up() and self._firm():
             self._begin()
+
+    def _begin_alone(self) -> None:
+        if self.frontier.count(self.turns.author):
+            # Nobody could tell us whether our disk is older than what we once published.
+            self.turns.renew_log("nobody to ask")
+        self._begin()
 
     def _firm(self) -> bool:
         """Say whether to build on the snapshot that we began with; who has published did so."""
@@ -376,11 +385,8 @@ class Protocol:
         if self.repair.out_of_reach() or (self.repair.rounds and not enough):
             self.timers.set("patience", now + self.limits.join_patience)
             return
-        if self.frontier.count(self.turns.author):
-            # Nobody could tell us whether our disk is older than what we once published.
-            self.turns.renew_log("nobody to ask")
         self.out.happened("alone", self.me)
-        self._begin()
+        self._begin_alone()
 
     # ------------------------------------------------------------ time
 
@@ -738,7 +744,7 @@ class Protocol:
             if agreement.strikes[peer] >= STRIKES and not self.diverged:
                 self.diverged = True
                 self.out.happened("diverged", peer)
-        if not agreement.agrees():
+        if not self.agrees():
             return
         self.turns.rebuilt = False  # should we differ again, rebuild again
         if self.diverged:
@@ -894,8 +900,14 @@ class Protocol:
         return self.turns.pace.reproducible
 
     def agrees(self) -> bool | None:
-        """Whether all models compared so far equal ours; None before the first comparison."""
-        return self.agreement.agrees()
+        """Whether the models of all that live, and were compared, equal ours; None: of nobody."""
+        known = self.verdicts().values()
+        return all(known) if known else None
+
+    def verdicts(self) -> dict[PeerId, bool]:
+        """Return of whom among the living we know whether its model equals ours."""
+        lives = self.view.lives
+        return {peer: same for peer, same in self.agreement.verdicts.items() if lives(peer)}
 
     def lag(self) -> int:
         """How many updates others hold and we do not."""

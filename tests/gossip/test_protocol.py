@@ -67,6 +67,23 @@ def pushed(effects: list[ev.Effect], to: PeerId) -> list[Statement]:
     ]
 
 
+def test_who_begins_alone_uses_no_number_under_a_log_that_others_may_know_more_of() -> None:
+    """Its directory may have been put back, and there is nobody who could tell."""
+    author = Author(ONE, 7)
+    begun = (
+        ev.Start(("/ip4/127.0.0.1/tcp/1",), b"admitted", alone=alone) for alone in (True, False)
+    )
+    for start in begun:
+        fresh, back = core(), core(records=[update(author, 1), update(author, 2)])
+        for one in (fresh, back):
+            one.handle(start, 0.0)
+            for second in range(1, 60):
+                one.handle(ev.Tick(), float(second))
+            assert one.joined
+        assert fresh.log == 7
+        assert back.log != 7
+
+
 def test_an_update_is_stored_before_anybody_hears_of_it() -> None:
     one = started()
     one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)

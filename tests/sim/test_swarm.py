@@ -73,6 +73,22 @@ def test_loss_duplicates_reordering_and_a_partition_change_nothing() -> None:
     assert simulator.peers[0].core.frontier.total() == 320
 
 
+def test_who_is_cut_off_claims_to_agree_with_nobody() -> None:
+    faults = [Fault.partition([0], at=8, to=60)]
+    simulator = Simulator(4, fake_run(min_peers=1, turns=100), seed=3, faults=faults, workers=small)
+    simulator.run(7)
+    cut, others = simulator.peers[0].core, [p.core for p in simulator.peers[1:]]
+    assert cut.agrees() is True
+    simulator.run(59)  # by then it does not think any more that it is itself that is slow
+    assert cut.agrees() is None
+    assert cut.verdicts() == {}
+    for core in others:
+        assert core.agrees() is True, "the others see each other"
+        assert cut.me not in core.verdicts()
+    simulator.run(110)
+    assert all(core.agrees() and len(core.verdicts()) == 3 for core in (cut, *others))
+
+
 def test_the_same_seed_gives_the_same_trace_and_another_seed_another() -> None:
     def trace(seed: int) -> tuple[str, int, object]:
         simulator = Simulator(
