@@ -32,6 +32,9 @@ STARTING = 180.0
 ENDING = 20.0
 """Seconds a daemon may take to leave cleanly before it is killed."""
 
+_REFUSED = 2
+"""Exit code of a daemon that the operator asked for what can't be."""
+
 # ---------------------------------------------------------------- the run file
 
 
@@ -214,6 +217,12 @@ class Swarm:
         self._wait_until_all_hold_the_run()
         return join
 
+    def unfounded(self) -> bool:
+        """Return whether the founder refused the run, with a reason that no file here explains."""
+        if len(self.children) != 1 or self.children[0].process.poll() != _REFUSED:
+            return False
+        return str(self.plan.directory) not in self.children[0].last_words()
+
     def begin(self) -> None:
         """Let everybody train at once, so that no peer is turns ahead before the last is up."""
         for child in self.children:
@@ -286,7 +295,7 @@ class Swarm:
     def _refuse_early_death(self) -> None:
         for child in self.newly_dead():
             said = child.last_words()
-            if child.process.returncode == 2:  # the operator's error: pass it on as our own
+            if child.process.returncode == _REFUSED:  # pass it on as our own
                 raise ConfigError(said.removeprefix("shoal: "))
             raise ConfigError(child.epitaph())
 

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with _terminating_is_interrupting(), Swarm(plan) as swarm:
             print(f"{plan.peers} daemons in {plan.directory}", flush=True)
-            join = swarm.start()
+            join = _started(swarm)
             print(f"join from another terminal:\n  {join_command(plan, join)}\n", flush=True)
             rows, before, elapsed = _train(args, swarm)
             model = _export(swarm)
@@ -98,9 +98,22 @@ def run(args: argparse.Namespace) -> int:
     return _conclude(plan, model, summarize(args, plan, model, rows, before, elapsed))
 
 
+def _started(swarm: "Swarm") -> str:
+    """Start all; what is left of a run that could not even be founded is removed."""
+    from shoal.node.errors import ConfigError
+
+    try:
+        return swarm.start()
+    except ConfigError:
+        if swarm.unfounded():
+            shutil.rmtree(swarm.plan.directory, ignore_errors=True)
+        raise
+
+
 def make_plan(args: argparse.Namespace) -> "Plan":
-    """Read the run file and make the directory."""
+    """Read the run file and, if it can be one, make the directory."""
     from shoal.node import swarm
+    from shoal.node.config import RunFile
     from shoal.node.errors import ConfigError
 
     if args.peers > swarm.PEERS:
@@ -112,6 +125,7 @@ def make_plan(args: argparse.Namespace) -> "Plan":
     adapted = swarm.adapt(
         given, peers=args.peers, turns=args.turns, secret=args.secret, preset=args.preset
     )
+    RunFile.parse(adapted, where=args.run_file)
     directory = swarm.new_directory(args.dir, run_name(given))
     return swarm.Plan(
         run=adapted,

@@ -25,7 +25,7 @@ from shoal.node.status import Frontier, Sockets, State, Status, Worker
 STAND_IN = Path(__file__).parents[1] / "support" / "stand_in.py"
 RUN = {
     "run": {"name": "stand-in", "turns": 40},
-    "task": {"name": "text", "model": {"layers": 2, "rate": 0.5, "names": ["a", 'b"\n']}},
+    "task": {"name": "text", "model": {"layers": 2, "rate": 0.5, "names": ["a", 'b"']}},
     "swarm": {"admission": "open"},
 }
 
@@ -62,8 +62,8 @@ def test_the_run_file_is_adapted_to_the_swarm_and_nothing_else_changes() -> None
     assert tomllib.loads(to_toml(adapted)) == adapted
 
 
-def test_what_is_wrong_in_a_run_file_is_left_for_the_daemon_to_name() -> None:
-    odd = {"rnu": {"name": "x"}, "seed": 7}
+def test_what_is_wrong_in_a_run_file_is_left_for_those_who_check_it() -> None:
+    odd = {"rnu": {"name": 'x"\n'}, "seed": 7}
     adapted = swarm.adapt(odd, peers=2)
     assert tomllib.loads(to_toml(adapted)) == {**odd, "swarm": {"min_peers": 2}}
 
@@ -464,6 +464,28 @@ def test_a_daemon_that_cannot_start_ends_the_swarm_with_its_reason(
     assert said in error
     assert error.count("\n") == 1
     assert (tmp_path / "swarm" / "peer-1" / "left-cleanly").exists()
+
+
+@pytest.mark.real
+def test_a_run_that_its_founder_refuses_leaves_no_directory(
+    tmp_path: Path, manners: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manners("refuses", "good")
+    assert cli.main(in_directory(tmp_path, "--peers", "2")) == 2
+    assert "--data /nowhere does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "swarm").exists()
+
+
+def test_a_bad_run_file_is_refused_by_its_own_name_before_there_is_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text(to_toml({**RUN, "run": {"name": "x", "turnz": 3}}))
+    assert cli.main(["swarm", str(bad), "--dir", str(tmp_path / "swarm")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"shoal: {bad}: unknown key 'turnz'")
+    assert not said.out
+    assert list(tmp_path.iterdir()) == [bad]
 
 
 @pytest.mark.real
