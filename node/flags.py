@@ -40,9 +40,27 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--preset",
-        choices=presets.LEDGER,
-        help="exchange updates as this system does, instead of as the run file says",
+        type=preset,
+        metavar="NAME",
+        help="exchange updates as this system does, instead of as the run file says: "
+        + ", ".join(presets.LEDGER),
     )
+
+
+def preset(name: str) -> str:
+    """Check the name of a recipe: one that the ledger can do."""
+    from shoal.compression.settings import SettingError
+    from shoal.training import presets
+
+    if name in presets.LEDGER:
+        return name
+    try:
+        method = presets.recipe(name)["exchange"]["control"]
+    except SettingError as error:
+        raise ConfigError(f"--preset: {error}") from error
+    from shoal.training import control
+
+    raise ConfigError(f"--preset {name} cannot be used with the ledger: {control.ledger(method)}")
 
 
 def add_peer(parser: argparse.ArgumentParser) -> None:

@@ -77,6 +77,7 @@ def _make(args: argparse.Namespace, tables: dict[str, Any]) -> "Simulator":
 
     network = Network(loss=args.loss)
     if args.fake:
+        _check(tables, args.allow_task)
         turns = tables["run"]["turns"]
         return Simulator(args.peers, fake_run(turns=turns), seed=args.seed, network=network)
     from shoal.node import rehearsal
@@ -90,6 +91,17 @@ def _make(args: argparse.Namespace, tables: dict[str, Any]) -> "Simulator":
         base=args.base,
         allow_task=args.allow_task,
     )
+
+
+def _check(tables: dict[str, Any], allow_task: str | None) -> None:
+    """Refuse what a worker would refuse, where none reads the tables."""
+    from shoal.node.errors import ConfigError
+    from shoal.training.run import RunError, RunSpec
+
+    try:
+        RunSpec.parse(tables, allow_task=allow_task)
+    except RunError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _watch(simulator: "Simulator", *, quiet: bool) -> bool:
@@ -153,13 +165,20 @@ def summarize(simulator: "Simulator", before: float | None, *, ended: bool) -> d
         "simulated_seconds": simulator.now,
         "messages": simulator.messages,
         "message_bytes": simulator.message_bytes,
-        "published_bytes": sum(getattr(peer.worker, "published", 0) for peer in living),
+        "published_bytes": _published(simulator),
         "first_evaluation": before,
         "loss": _means(simulator)["loss"],
         "evaluation": _measure(simulator),
         "seed": simulator.seed,
         "trace": simulator.trace(),
     }
+
+
+def _published(simulator: "Simulator") -> int | None:
+    """Return the payload bytes of all peers; None for fake workers, whose updates say nothing."""
+    workers: list[Any] = [peer.worker for peer in simulator.living()]
+    sizes = [worker.published for worker in workers if hasattr(worker, "published")]
+    return sum(sizes) if sizes else None
 
 
 def report(summary: dict[str, Any]) -> list[str]:
@@ -175,10 +194,13 @@ def report(summary: dict[str, Any]) -> list[str]:
     if summary["evaluation"] is not None:
         first = table.number(summary["first_evaluation"])
         lines.append(f"  held out: {first} before, {table.number(summary['evaluation'])} after")
+    size = table.size(summary["message_bytes"])
+    records = f"{summary['messages']} messages with {size} of records"
+    if summary["published_bytes"] is not None:
+        records += f", payloads of {table.size(summary['published_bytes'])} published"
     return [
         *lines,
-        f"  {summary['messages']} messages with {table.size(summary['message_bytes'])} of records, "
-        f"payloads of {table.size(summary['published_bytes'])} published",
+        f"  {records}",
         f"  fingerprints: {verdict}",
         f"  trace of seed {summary['seed']}: {summary['trace']}",
     ]

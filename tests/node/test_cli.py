@@ -132,6 +132,29 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert command in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["swarm", "simulate", "compare"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ef21", "cannot be used with the ledger: keeps state that sender and receivers share"),
+        ("scafcom", "cannot be used with the ledger: needs a second shared vector"),
+        ("sparsloco", "did you mean 'sparseloco'?"),
+    ],
+)
+def test_a_recipe_that_can_not_be_had_is_refused_with_the_reason(
+    command: str,
+    name: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, "digits", "--preset", name]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])

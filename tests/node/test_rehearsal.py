@@ -40,6 +40,32 @@ def test_fake_peers_need_no_training(capsys: pytest.CaptureFixture[str]) -> None
     assert summary["equal"]
     assert summary["updates"] == 24
     assert summary["evaluation"] is None
+    assert summary["published_bytes"] is None
+    assert cli.main(["simulate", "digits", "--fake", "--turns", "1"]) == 0
+    assert "payload" not in capsys.readouterr().out, "there are none"
+
+
+@pytest.mark.parametrize(
+    ("table", "said", "complaint"),
+    [
+        ("exchange", {"control": "nope"}, "unknown method of error control 'nope'"),
+        ("exchange", {"update": {"kind": "dens"}}, "did you mean 'dense'?"),
+        ("local", {"stesp": 3}, "'stesp'"),
+        ("task", {"name": "nope"}, "unknown task 'nope'"),
+    ],
+)
+def test_fake_peers_need_a_run_file_all_the_same(
+    table: str,
+    said: dict[str, object],
+    complaint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "run.toml"
+    tables = read_run("digits")
+    path.write_text(to_toml({**tables, table: {**tables[table], **said}}))
+    assert cli.main(["simulate", str(path), "--fake", "--turns", "3"]) == 2
+    assert complaint in capsys.readouterr().err
 
 
 def test_before_is_measured_as_after_is_and_of_the_initial_model(
