@@ -81,7 +81,7 @@ def test_a_restart_at_once_is_no_twin_either() -> None:
 
 def test_the_later_of_two_twins_stops_and_both_say_so() -> None:
     """The same key on a second machine, with an empty disk."""
-    simulator = Simulator(4, fake_run(turns=0), seed=13)
+    simulator = Simulator(4, fake_run(turns=0), seed=13, faults=[Fault.depart(peer=4, at=42)])
     simulator.run(10)
     twin = simulator.twin(1)
     simulator.run(25)
@@ -94,6 +94,11 @@ def test_the_later_of_two_twins_stops_and_both_say_so() -> None:
     simulator.run(40)
     assert len([k for k in twin.records if k.author.log == later.log]) == held
     assert first.turn > 15
+    simulator.run(50)
+    assert later.state == "leaving"
+    others = [simulator.peers[i].core for i in (0, 2, 3)]
+    assert all(core.view.lives(first.me) for core in others), "who has left is the later one"
+    assert [s for s in simulator.happened if s.what == "left"] == []
 
 
 def test_halves_find_each_other_after_a_partition() -> None:
