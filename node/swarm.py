@@ -10,16 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from shoal.node import client, config
+from shoal.node import client, config, shipped
 from shoal.node.client import UnreachableError
 from shoal.node.errors import ConfigError
 from shoal.node.status import Sockets, State, Status
@@ -38,21 +36,13 @@ _REFUSED = 2
 # ---------------------------------------------------------------- the run file
 
 
-def builtin_runs() -> list[str]:
-    """Return the names of the run files that Shoal ships."""
-    folder = resources.files("shoal.training") / "runs"
-    found = (item.name for item in folder.iterdir())
-    return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
-
-
 def read_run(name: str) -> dict[str, Any]:
     """Read a run file, or a shipped one by its bare name."""
-    if name in builtin_runs() and not Path(name).exists():
-        item = resources.files("shoal.training") / "runs" / f"{name}.toml"
-        return tomllib.loads(item.read_text("utf-8"))
+    if name in shipped.names() and not Path(name).exists():
+        return shipped.read(name)
     if not Path(name).exists():
-        shipped = ", ".join(builtin_runs())
-        raise ConfigError(f"{name} does not exist; give a run file, or one of: {shipped}")
+        known = ", ".join(shipped.names())
+        raise ConfigError(f"{name} does not exist; give a run file, or one of: {known}")
     return config.read_toml(Path(name))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.node import flags
+from shoal.node import flags, shipped
 
 if TYPE_CHECKING:
     from shoal.node.compare import Job, Result, Row
@@ -33,7 +33,7 @@ def register(subparsers: flags.Subparsers) -> None:
         "run_files",
         nargs="+",
         metavar="RUN.toml",
-        help="run files, or shipped ones by name: text, digits",
+        help=f"run files, or shipped ones by name: {', '.join(shipped.names())}",
     )
     parser.add_argument(
         "--preset",

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from shoal.node import flags
+from shoal.node import flags, shipped
 
 if TYPE_CHECKING:
     from shoal.node.simulation.simulator import Simulator
@@ -23,7 +23,9 @@ def register(subparsers: flags.Subparsers) -> None:
         run,
     )
     parser.add_argument(
-        "run_file", metavar="RUN.toml", help="a run file, or a shipped one by name: text, digits"
+        "run_file",
+        metavar="RUN.toml",
+        help=f"a run file, or a shipped one by name: {', '.join(shipped.names())}",
     )
     parser.add_argument("--peers", type=flags.positive, default=8, metavar="N")
     flags.add_preset(parser)

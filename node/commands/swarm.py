@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shoal.node import flags
+from shoal.node import flags, shipped
 
 if TYPE_CHECKING:
     from shoal.node.status import Status
@@ -46,7 +46,8 @@ def register(subparsers: flags.Subparsers) -> None:
         nargs="?",
         default="text",
         metavar="RUN.toml",
-        help="what to train: a run file, or a shipped one by name: text (default), digits",
+        help="what to train: a run file, or a shipped one by name (default: text): "
+        + ", ".join(shipped.names()),
     )
     parser.add_argument("--peers", type=flags.positive, default=4, metavar="N")
     flags.add_preset(parser)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node import cli, client, foreground
+from shoal.node import cli, client, foreground, shipped
 from shoal.node.errors import ConfigError
 from shoal.node.journal import Journal
 
@@ -153,6 +153,17 @@ def test_a_recipe_that_can_not_be_had_is_refused_with_the_reason(
     assert cli.main([command, "digits", "--preset", name]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["swarm", "simulate", "compare"])
+def test_the_help_names_every_run_file_that_is_shipped(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no name is broken at its hyphen
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out.replace(",", " ").split()
+    assert set(shipped.names()) <= set(shown)
 
 
 def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:

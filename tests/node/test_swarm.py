@@ -16,7 +16,7 @@ from typing import cast
 import msgspec
 import pytest
 
-from shoal.node import cli, swarm, table
+from shoal.node import cli, shipped, swarm, table
 from shoal.node.commands import swarm as command
 from shoal.node.config import to_toml
 from shoal.node.errors import ConfigError
@@ -69,8 +69,8 @@ def test_what_is_wrong_in_a_run_file_is_left_for_those_who_check_it() -> None:
 
 
 def test_the_shipped_run_files_are_found_by_name() -> None:
-    assert {"digits", "text"} <= set(swarm.builtin_runs())
-    for name in swarm.builtin_runs():
+    assert {"digits", "text"} <= set(shipped.names())
+    for name in shipped.names():
         assert swarm.read_run(name)["task"]["name"]
 
 
