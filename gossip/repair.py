@@ -32,7 +32,7 @@ from shoal.gossip.messages import (
 )
 from shoal.gossip.names import Author, Hash, Key, PeerId
 from shoal.gossip.outbox import Outbox
-from shoal.gossip.records import Alive, Record, Update
+from shoal.gossip.records import Alive, Record, Standing, Update
 from shoal.gossip.snapshot import Line
 from shoal.gossip.timers import Timers
 from shoal.gossip.view import BUCKETS, View
@@ -221,12 +221,17 @@ class Repair:
         return {e.author: e.count for e in entries if e.count > self.frontier.count(e.author)}
 
     def _first_round(self, peer: PeerId, ahead: dict[Author, int]) -> None:
+        if not ahead and not self.frontier.logs and self._joins(peer):
+            return  # two who know nothing yet: that there is nothing is not their word to give
         if not self.rounds:
             self.targets, self._teacher = ahead, peer
         elif peer == self._teacher:  # it may hold less now
             left = self.targets.items()
             self.targets = {a: min(n, ahead[a]) for a, n in left if a in ahead}
         self.rounds += 1
+
+    def _joins(self, peer: PeerId) -> bool:
+        return self.membership.standing_of(peer) is Standing.JOINING
 
     def caught_up(self) -> bool:
         """Say whether we hold what the first peer that told us held."""

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +83,22 @@ def test_who_begins_alone_uses_no_number_under_a_log_that_others_may_know_more_o
             assert one.joined
         assert fresh.log == 7
         assert back.log != 7
+
+
+@pytest.mark.parametrize("standing", [Standing.JOINING, Standing.TRAINING])
+def test_a_newcomer_does_not_take_another_ones_word_that_there_is_nothing(
+    standing: Standing,
+) -> None:
+    one, empty = core(), core(TWO).frontier
+    one.handle(ev.Start(("a",), b"admitted", alone=False), 0.0)
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
+    one.handle(ev.Received(TWO, Push((seal(Alive(TWO, 1, 5, standing)),))), 0.2)
+    nothing = Digest(empty.entries(), True, empty.hash, 0, False)
+    one.handle(ev.Received(TWO, nothing), 0.3)
+    assert one.joined == (standing is Standing.TRAINING)
+    for second in range(1, 20):  # in the end they begin all the same
+        one.handle(ev.Tick(), float(second))
+    assert one.joined
 
 
 def test_an_update_is_stored_before_anybody_hears_of_it() -> None:
@@ -223,6 +240,9 @@ def test_after_a_disk_error_the_update_is_numbered_in_a_fresh_log() -> None:
     one.handle(ev.Stored(again.record), 1.2)
     assert one.state == "degraded: disk"
     assert one.frontier.counts() == ((second.author, 1),)
+    one.handle(ev.StoreMended(), 1.3)
+    assert one.state == "training"
+    assert Author(ONE, one.log) == second.author, "and on in the same log"
 
 
 def test_a_failed_pull_goes_to_another_source_and_later_to_whoever_holds_it() -> None:
