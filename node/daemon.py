@@ -8,6 +8,7 @@ store.py      the log on disk               http.py       the status port
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -55,6 +56,8 @@ SAMPLE = 1.0
 """Seconds between looks at the sockets and at what else changes slowly."""
 REMEMBER = 30.0
 """Seconds between writes of the known peers."""
+MEND = 10.0
+"""Seconds between tries to write what the disk did not take."""
 FAREWELL = 0.5
 """Seconds for the last words to leave."""
 PORT = 7464
@@ -297,6 +300,11 @@ class Daemon:
             await self._end()
         if self._crashed is not None:
             raise self._crashed
+        if lost := self.store.waiting:
+            raise ConfigError(
+                f"{lost} updates are not on disk, and only others may still have them: "
+                f"{self._disk()} before you start again"
+            )
         return 0
 
     def _introduce(self) -> None:
@@ -337,7 +345,10 @@ class Daemon:
             self.driver.feed(ev.Depart())
             await asyncio.sleep(FAREWELL)
         self.driver.close()
-        await self.supervisor.stop()
+        self.store.mend(most=None)
+        if lost := self.store.waiting:
+            log.error("not on disk", extra={"updates": lost, "reason": self.store.degraded})
+        await self.supervisor.stop(save=not lost)
         await self.http.stop()
         await self.transport.stop()
         await self.finder.stop()
@@ -354,9 +365,13 @@ class Daemon:
     async def _watch(self) -> None:
         """Look at what changes slowly."""
         remembered, state, known = time.monotonic(), "", False
+        mended = 0.0
         while True:
             await asyncio.sleep(SAMPLE)
             self.meter.sample()
+            if not self.store.whole and time.monotonic() - mended >= MEND:
+                await self._mend()
+                mended = time.monotonic()
             if state != self.core.state:
                 state = self.core.state
                 log.info(MEANINGS.get(state, state))
@@ -365,6 +380,14 @@ class Daemon:
                 known = bool(self.core.linked())
                 remembered = time.monotonic()
                 self._remember()
+
+    async def _mend(self) -> None:
+        """Write what the disk did not take, a little at a time while it gets on."""
+        waiting = self.store.waiting + 1
+        while not self.store.whole and self.store.waiting < waiting:
+            waiting = self.store.waiting
+            self.driver.mend()
+            await asyncio.sleep(0)
 
     async def _measure(self) -> None:
         """Measure the shared model thoroughly whenever the worker has nothing else to do."""
@@ -539,7 +562,9 @@ class Daemon:
         if skipped := self.foreman.now.skipped:
             found.append(f"{skipped} local steps skipped: their loss was not finite (worker.log)")
         if self.store.degraded:
-            found.append(f"the log is kept in memory only: {self.store.degraded}")
+            found.append(
+                f"the log is kept in memory only: {self._disk()}; {self.store.waiting} updates wait"
+            )
         if summed := self.core.out_of_reach():
             found.append(
                 f"{summed} updates are nowhere near any more but as a sum: join anew, in another "
@@ -548,6 +573,14 @@ class Daemon:
         if which := self.core.membership.twin:
             found.append(f"another process runs under this key; this is the {which} one")
         return found
+
+    def _disk(self) -> str:
+        """Return what is wrong with the log's disk, and the remedy."""
+        reason, path = self.store.degraded, self.place.home.path.absolute()
+        if reason == "log full":
+            return f"{reason}; raise log_gigabytes in {path}/node.toml"
+        full = any(os.strerror(code) in reason for code in (errno.ENOSPC, errno.EDQUOT))
+        return f"{reason}; {'free some space in' if full else 'mend the disk under'} {path}"
 
     def peers(self) -> list[PeerRow]:
         """Return what `/peers` shows."""

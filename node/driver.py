@@ -126,6 +126,12 @@ class Driver:
         """Let the core know that the log can't give this update any more, once it has time."""
         asyncio.get_running_loop().call_soon(self.feed, ev.Lost(key))
 
+    def mend(self) -> None:
+        """Try to write what the disk did not take; let the core know when it has all of it."""
+        if self.store.mend():
+            self.journal.add("log-mended")
+            self.feed(ev.StoreMended())
+
     async def dial(self, peer: PeerId, addresses: tuple[str, ...]) -> Outcome:
         """Open a link for discovery; return how it went."""
         asked = self._dialling.get(peer)

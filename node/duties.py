@@ -62,8 +62,8 @@ class Duties:
                 answer = self._reset(whole=whole)
             case pipe.Turn():
                 answer, payload = self._turn(request)
-            case pipe.Commit(own_log, number):
-                answer = self._commit(own_log, number)
+            case pipe.Commit(own_log, number, save):
+                answer = self._commit(own_log, number, save=save)
             case pipe.Discard():
                 answer = self._discard()
             case pipe.Evaluate():
@@ -74,6 +74,8 @@ class Duties:
                 answer = self._done([], self._ready().recompute())
             case pipe.Export(path, metadata):
                 answer = self._export(Path(path), metadata)
+            case pipe.Stop(save=False):
+                answer = pipe.Ready()
             case pipe.Save() | pipe.Stop():
                 self._save()
                 answer = pipe.Ready()
@@ -245,12 +247,13 @@ class Duties:
         )
         return answer, [] if turned.payload is None else [turned.payload]
 
-    def _commit(self, own_log: int, number: int) -> pipe.Answer:
+    def _commit(self, own_log: int, number: int, *, save: bool) -> pipe.Answer:
         """Let the pending update be published; without one (this process is new) do nothing."""
         if self._pending:
             self._ready().commit(own_log, number)
             self._pending, self._dirty = False, True
-            self._save_now_and_then()
+            if save:
+                self._save_now_and_then()
         return pipe.Ready()
 
     def _discard(self) -> pipe.Answer:

@@ -117,10 +117,15 @@ class Foreman:
         self._jobs.put_nowait(lambda: self._do(request))
 
     def commit(self, update: Update) -> None:
-        """Tell the worker that its pending update got a number."""
+        """Tell the worker that its pending update got a number.
+
+        No checkpoint is to hold more than the log on disk: the next start could not use it.
+        """
         self.now.published_bytes += update.size
-        request = pipe.Commit(update.author.log, update.number)
-        self._jobs.put_nowait(lambda: self._plain(request))
+        log, number = update.author.log, update.number
+        self._jobs.put_nowait(
+            lambda: self._plain(pipe.Commit(log, number, save=not self.store.waiting))
+        )
 
     def discard(self) -> None:
         """Tell the worker that its pending update is not published."""

@@ -132,6 +132,8 @@ class Commit(msgspec.Struct, frozen=True, tag_field="do", tag="commit"):
 
     log: int
     number: int
+    save: bool = True
+    """False: no checkpoint now, since the log on disk lacks what the model holds."""
 
 
 class Discard(msgspec.Struct, frozen=True, tag_field="do", tag="discard"):
@@ -163,6 +165,9 @@ class Save(msgspec.Struct, frozen=True, tag_field="do", tag="save"):
 
 class Stop(msgspec.Struct, frozen=True, tag_field="do", tag="stop"):
     """Write the checkpoint and end. Answer: `Ready`."""
+
+    save: bool = True
+    """False: leave the one that is there, since the log on disk lacks what the model holds."""
 
 
 Request = (

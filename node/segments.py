@@ -394,6 +394,10 @@ class Segments:
         self.sizes[number] = start + head.frame_bytes
         return place(number, start)
 
+    def prepare(self, need: int) -> None:
+        """Let there be a file to which a frame of `need` bytes can be appended."""
+        self._writable(need)
+
     def _writable(self, need: int) -> tuple[int, int]:
         """Return the file to append to: the tail while the frame fits into it, else a new one."""
         if self.readonly:

@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,11 @@ from shoal.node.files import write_atomically
 from shoal.node.segments import Bounds, DamageError, Disk, Head, Kind, Place, Segments, check_of
 
 log = logging.getLogger(__name__)
+
+MENDED = 64
+"""Updates that one `mend` writes by default: the daemon's loop waits for the disk meanwhile."""
+MENDED_BYTES = 32 << 20
+"""It writes no more of them beyond this."""
 
 
 class StoreFailed(Exception):  # noqa: N818 - the core's word for it, gossip/events.py
@@ -117,6 +123,8 @@ class Store:
         self._memory: dict[Key, tuple[Stored, bytes | None]] = {}
         self._memory_payloads: dict[Hash, bytes] = {}
         self._memory_bytes = 0
+        self._small: list[tuple[Head, bytes]] = []
+        """Proofs and admissions that the disk has not taken yet."""
         self._recorded = 0
         """The log id of the next opening."""
         self._recorded_segments = 0
@@ -180,6 +188,16 @@ class Store:
         return self._segments.size + self._memory_bytes
 
     @property
+    def whole(self) -> bool:
+        """Whether all that is held is on disk, and the next update will be written there."""
+        return not (self.degraded or self._small)
+
+    @property
+    def waiting(self) -> int:
+        """Return how many updates are in memory only."""
+        return len(self._memory)
+
+    @property
     def full(self) -> bool:
         """Whether another update of a usual size would be refused."""
         return self._segments.size >= self._limits.log_bytes
@@ -207,9 +225,8 @@ class Store:
             if self.admissions.get(peer) == admission:
                 return
             self.admissions[peer] = admission
-            if not self.degraded:
-                head = _head(Kind.ADMISSION, Author(peer, 0), 0, admission)
-                self._write(head, admission, None, sync=False)
+            head = _head(Kind.ADMISSION, Author(peer, 0), 0, admission)
+            self._write_small(head, admission, sync=False)
 
     def forget_snapshot(self) -> None:
         """Count only what is here, number by number."""
@@ -220,12 +237,58 @@ class Store:
         """Go on in memory under a fresh log id, and return it: the disk can't be trusted now.
 
         What is in memory is served and read like the rest, up to `Limits.staging_bytes`, and gone
-        after a restart.
+        after a restart unless `mend` could write it.
         """
         with self._lock:
             self.degraded = self.degraded or reason
             self.log = secrets.randbits(64) or 1
             return self.log
+
+    def mend(self, most: int | None = MENDED) -> bool:
+        """Write what the disk did not take, in its order; say whether the log is whole there.
+
+        At most `most` updates, None: all. What can't be written waits on. Own updates are numbered
+        under the fresh log id in memory until every one of them is synced, and only then is that
+        id the next opening's: whatever is lost on the way, no number is used twice.
+        """
+        with self._lock:
+            if self.whole:
+                return True
+            if self._segments.readonly:
+                return False
+            try:
+                self._mend(most)
+            except StoreFailed as error:
+                self.degraded = self.degraded and error.reason
+            return self.whole
+
+    def _mend(self, most: int | None) -> None:
+        while self._small:
+            self._write(*self._small[0], None, sync=True)
+            del self._small[0]
+        end = self._segments.size + MENDED_BYTES
+        for key in list(islice(self._memory, most)):
+            if most is None or self._segments.size < end:
+                self._mend_update(key)
+        if self._memory or not self.degraded:
+            return
+        self.sync()
+        self._memory_bytes, reason, self.degraded = 0, self.degraded, ""
+        try:
+            self._record_log_id()
+        except OSError as error:
+            self.degraded = reason
+            raise StoreFailed(_reason(error)) from error
+        self.log = self._recorded
+
+    def _mend_update(self, key: Key) -> None:
+        """Let an update be on the disk instead of in memory."""
+        stored, payload = self._memory[key]
+        head = _head(Kind.UPDATE, *key, stored.raw, payload, stored.payload, own=stored.own)
+        self._index(self._write(head, stored.raw, payload, sync=stored.own), head, stored.raw)
+        del self._memory[key]
+        self._memory_payloads.pop(stored.payload, None)  # the disk has it now
+        self._memory_bytes -= head.frame_bytes
 
     def adopt_log(self, log: int) -> None:
         """Number own updates under `log` from now on, also after a restart.
@@ -280,8 +343,20 @@ class Store:
         if where in self.proofs:
             return
         self.proofs[where] = raw
-        if not self.degraded:
-            self._write(_head(Kind.PROOF, proof.author, proof.number, raw), raw, None, sync=True)
+        self._write_small(_head(Kind.PROOF, proof.author, proof.number, raw), raw, sync=True)
+
+    def _write_small(self, head: Head, raw: bytes, *, sync: bool) -> None:
+        """Write a proof or an admission; what the disk refuses waits for `mend`."""
+        if self.degraded:
+            self._small.append((head, raw))
+            return
+        try:
+            self._write(head, raw, None, sync=sync)
+        except StoreFull:
+            raise
+        except StoreFailed:
+            self._small.append((head, raw))
+            raise
 
     def _write(self, head: Head, raw: bytes, payload: bytes | None, *, sync: bool) -> Place:
         # Proofs and admissions are small and decide what counts: they may use 1/64 more.
@@ -291,9 +366,11 @@ class Store:
         if self._segments.size + head.frame_bytes > room:
             raise StoreFull
         try:
-            at = self._segments.append(head, raw, payload, sync=sync)
+            # In this order: of what is refused here nothing may be on disk.
+            self._segments.prepare(head.frame_bytes)
             if len(self._segments.sizes) != self._recorded_segments:
                 self._record_log_id()
+            at = self._segments.append(head, raw, payload, sync=sync)
         except OSError as error:
             raise StoreFailed(_reason(error)) from error
         return at

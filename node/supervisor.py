@@ -231,10 +231,10 @@ class Supervisor:
             _kill(child.process.pid)
             await asyncio.shield(child.life)
 
-    async def stop(self, grace: float = GRACE) -> None:
+    async def stop(self, grace: float = GRACE, *, save: bool = True) -> None:
         """Let the worker save and end; kill it after `grace` seconds. Cancelled, it kills at once.
 
-        A turn that is running is waited for, within the grace.
+        A turn that is running is waited for, within the grace. `save`: see `pipe.Stop`.
         """
         child = self._child
         if child is None or child.life is None:
@@ -243,7 +243,7 @@ class Supervisor:
         try:
             async with asyncio.timeout(grace):
                 with contextlib.suppress(WorkerDied, WorkerRefused):
-                    await self.ask(pipe.Stop(), pipe.Ready)
+                    await self.ask(pipe.Stop(save), pipe.Ready)
                 await asyncio.shield(child.life)
         except TimeoutError:
             log.warning("worker killed: it did not end in time", extra={"seconds": grace})

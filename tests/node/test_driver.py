@@ -170,9 +170,11 @@ class Scene:
         return [(t[1], t[2]) for t in self.hands.told if isinstance(t, tuple)]
 
 
-def play(directory: Path, scenario: Callable[[Scene], Awaitable[None]]) -> Scene:
+def play(
+    directory: Path, scenario: Callable[[Scene], Awaitable[None]], limits: Limits = LIMITS
+) -> Scene:
     async def main() -> Scene:
-        scene = Scene(directory)
+        scene = Scene(directory, limits)
         scene.start()
         for peer in (BOB, EVE):
             scene.driver.on_link_up(peer, b"proof")
@@ -275,6 +277,49 @@ def test_an_own_update_that_the_disk_refuses_is_published_once_under_a_fresh_log
         assert scene.core.state == "degraded: disk"
 
     play(tmp_path, scenario)
+
+
+def test_once_the_disk_has_room_again_the_log_is_on_it_and_training_goes_on_there(
+    tmp_path: Path,
+) -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.train(b"first" * 9)
+        scene.links.payloads[digest(LARGE)] = LARGE
+        scene.disk.full = True
+        scene.train(b"second" * 9)
+        await scene.hear(BOB, update(BOB, 1, LARGE))
+        scene.driver.mend()
+        assert (scene.core.state, scene.store.waiting) == ("degraded: disk", 2)
+        scene.disk.full = False
+        scene.driver.mend()
+        assert (scene.core.state, scene.store.waiting) == ("training", 0)
+        assert [e.what for e in scene.driver.journal.after(0)][-1] == "log-mended"
+        scene.train(b"third" * 9)
+        (first, _), *later = scene.own()
+        assert later == [(Author(ME, scene.core.log), 1), (Author(ME, scene.core.log), 2)]
+        assert first.log != scene.core.log == scene.store.log
+
+    before = play(tmp_path, scenario)
+    before.store.close()
+    again = Scene(tmp_path)
+    assert again.core.log == before.core.log
+    assert again.core.frontier.counts() == before.core.frontier.counts()
+    assert again.store.payload(digest(LARGE)) == LARGE
+
+
+def test_a_log_that_was_full_in_memory_too_goes_on_once_the_disk_has_room(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.disk.full = True
+        scene.train(b"first" * 9)
+        scene.train(LARGE * 3)
+        assert scene.core.state == "degraded: log full"
+        scene.disk.full = False
+        scene.driver.mend()
+        assert scene.core.state == "training"
+        scene.train(LARGE * 4)
+        assert [number for _, number in scene.own()] == [1, 2]
+
+    play(tmp_path, scenario, replace(LIMITS, staging_bytes=1000))
 
 
 def spoil(store: Store, author: Author, number: int, *, record: bool) -> None:

@@ -494,6 +494,105 @@ def test_a_sick_disk_leaves_training_in_memory_under_a_fresh_log_id(tmp_path: Pa
     assert store.log == log  # nothing was published under its number 2 from here
 
 
+def test_what_a_full_disk_did_not_take_is_written_in_order_once_it_has_room(
+    tmp_path: Path,
+) -> None:
+    disk = Sick("write", errno.ENOSPC)
+    store = opened(tmp_path, disk=disk)
+    store.append(update(ALICE, 1, b"disk"), b"disk", own=True)
+    disk.well = False
+    with pytest.raises(StoreFailed):
+        store.append(update(ALICE, 2, b"never"), b"never", own=True)
+    mine = Author(ALICE.peer, store.degrade("disk: full"))
+    store.adopt_log(mine.log)  # as the core, told of it, answers
+    for number in (1, 2, 3):
+        store.append(update(BOB, number, b"same"), b"same")
+        store.append(update(mine, number, b"%d" % number), b"%d" % number, own=True)
+    store.append(proof(BOB, 9))
+    store.keep_admission(BOB.peer, b"signed")
+    before = contents(store)
+    assert not store.mend()
+    assert (store.waiting, store.whole) == (6, False)
+    assert store.degraded == f"disk: {os.strerror(errno.ENOSPC)}"
+    disk.well = True
+    assert not store.mend(most=2), "as much as was asked for"
+    assert (store.waiting, contents(store)) == (4, before)
+    assert store.payload(digest(b"same")) == b"same"
+    store.append(update(mine, 4, b"4"), b"4", own=True)
+    assert store.waiting == 5, "nothing overtakes what came before it"
+    assert store.mend()
+    assert (store.waiting, store.whole, store.degraded) == (0, True, "")
+    store.append(update(mine, 5, b"5"), b"5", own=True)
+    after, proofs = contents(store), store.proofs
+    assert after[: len(before)] == before
+    assert store.counts() == {ALICE: 1, BOB: 3, mine: 5}
+    assert store.size == sum(p.stat().st_size for p in tmp_path.glob("*.seg"))
+    store.close()
+    again = opened(tmp_path)
+    assert (contents(again), again.log, again.notes) == (after, mine.log, ())
+    assert (again.proofs, again.admissions) == (proofs, {BOB.peer: b"signed"})
+
+
+def test_no_number_is_used_twice_when_the_log_is_on_disk_in_part(tmp_path: Path) -> None:
+    disk = Sick("write", errno.ENOSPC)
+    store = opened(tmp_path, disk=disk)
+    store.append(update(ALICE, 1), own=True)
+    disk.well = False
+    mine = Author(ALICE.peer, store.degrade("disk: full"))
+    store.adopt_log(mine.log)
+    for number in (1, 2, 3):
+        store.append(update(mine, number), own=True)
+    disk.well = True
+    assert not store.mend(most=2)
+    store.close()  # as killed here: others may have heard of number 3
+    again = opened(tmp_path)
+    assert again.counts() == {ALICE: 1, mine: 2}
+    assert again.log == ALICE.log or again.log not in (0, mine.log)
+
+
+def test_anothers_update_that_had_to_wait_leaves_the_own_log_id(tmp_path: Path) -> None:
+    disk = Sick("write", errno.ENOSPC)
+    store = opened(tmp_path, disk=disk)
+    log = store.log
+    disk.well = False
+    store.degrade("disk: full")
+    store.append(update(BOB, 1, b"x"), b"x")
+    disk.well = True
+    assert store.mend()
+    assert store.log == log
+    store.append(update(Author(ALICE.peer, log), 1), own=True)
+    assert store.waiting == 0
+
+
+def test_a_disk_that_is_full_until_the_end_keeps_what_it_had(tmp_path: Path) -> None:
+    disk = Sick("write sync truncate", errno.ENOSPC)
+    store = opened(tmp_path, disk=disk)
+    store.append(update(ALICE, 1, b"disk"), b"disk", own=True)
+    log, disk.well = store.log, False
+    mine = Author(ALICE.peer, store.degrade("disk: full"))
+    store.adopt_log(mine.log)
+    store.append(update(mine, 1, b"memory"), b"memory", own=True)
+    assert not store.mend(most=None)
+    assert store.waiting == 1
+    store.close()
+    again = opened(tmp_path)
+    assert (again.counts(), again.log) == ({ALICE: 1}, log)
+
+
+def test_a_segment_that_could_not_be_written_down_holds_nothing_that_was_refused(
+    tmp_path: Path,
+) -> None:
+    store = opened(tmp_path)
+    (tmp_path / ".log.json.new").mkdir()  # so that log.json can't be replaced
+    with pytest.raises(StoreFailed):
+        store.append(update(ALICE, 1, b"never"), b"never", own=True)
+    (tmp_path / ".log.json.new").rmdir()
+    store.append(update(ALICE, 1, b"after"), b"after", own=True)
+    store.close()
+    again = opened(tmp_path)
+    assert contents(again) == [(ALICE, 1, b"record 1 of 7", b"after")]
+
+
 def test_a_disk_that_is_sick_at_opening_leaves_a_degraded_store(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store.append(update(ALICE, 1, b"one"), b"one")

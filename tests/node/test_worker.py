@@ -252,6 +252,21 @@ def test_residual_and_momentum_start_at_zero_when_the_last_number_is_another(
         assert (ready.kept, ready.fingerprint) == (False, done.fingerprint)
 
 
+def test_no_checkpoint_is_written_of_what_the_log_on_disk_lacks(
+    founded: pipe.Founded, tmp_path: Path
+) -> None:
+    w, _ = opened(founded, tmp_path)
+    take_turn(w, 1)
+    done = ask(w, pipe.Recompute())
+    ask(w, pipe.Save())
+    ask(w, pipe.Turn(2, 2.0))
+    w._saved_at -= 1e6  # long ago: one is due
+    ask(w, pipe.Commit(1, 2, save=False))
+    ask(w, pipe.Stop(save=False))
+    _, ready = opened(founded, tmp_path, held=[(ME, 1, 1)], own=(1, 1))
+    assert (ready.kept, ready.note, ready.fingerprint) == (True, "", done.fingerprint)
+
+
 def test_a_checkpoint_beyond_the_log_is_not_used(founded: pipe.Founded, tmp_path: Path) -> None:
     w, start = opened(founded, tmp_path)
     for number in (1, 2):
