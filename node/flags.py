@@ -73,7 +73,8 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
         "--listen",
         type=endpoint,
         metavar="HOST:PORT",
-        help=f"where others dial in (default: all interfaces, port {PORT}; port 0: any free one)",
+        help=f"where others dial in (default: all interfaces, port {PORT}; port 0: any free one, "
+        "at later starts the same again if it can be)",
     )
     network.add_argument(
         "--advertise",
