@@ -331,6 +331,7 @@ class Trainer:
         state = {
             "version": CHECKPOINT,
             "layout": self.layout.hex(),
+            "run": self._setup.run_id.hex(),
             "fingerprint": self.fingerprint(),
             "owner": self.exchange.owner,
             "frontier": frontier,
@@ -343,7 +344,7 @@ class Trainer:
     def stated(self, path: Path) -> Stated:
         """Return what a checkpoint says of the shared model, and take nothing of it.
 
-        Raises CheckpointError when the file is damaged or of another model.
+        Raises CheckpointError when the file is damaged or of another model or run.
         """
         tensors, state = _read(path)
         self._check(path, tensors, state)
@@ -356,7 +357,7 @@ class Trainer:
         Residual, momentum and drift live on only if they belong to it. Under a turn rule the shared
         model starts from the initial one, at an empty frontier: a late update must find those of
         its turn one by one, so all are to be applied again. Raises CheckpointError, and then
-        changes nothing, when the file is damaged or of another model.
+        changes nothing, when the file is damaged or of another model or run.
         """
         tensors, state = _read(path)
         self._check(path, tensors, state)
@@ -394,9 +395,11 @@ class Trainer:
     # ---- helpers
 
     def _check(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Raise CheckpointError unless the file is whole and of this model."""
+        """Raise CheckpointError unless the file is whole and of this model and run."""
         if state.get("version") != CHECKPOINT or state.get("layout") != self.layout.hex():
             raise CheckpointError(f"{path} is of another model or version")
+        if state.get("run", run := self._setup.run_id.hex()) != run:
+            raise CheckpointError(f"{path} is of another run")
         types = {"ledger": torch.int32, **dict.fromkeys(MEMORY, torch.float32)}
         for name in types.keys() & tensors.keys():
             if tensors[name].shape != (self.parameters,) or tensors[name].dtype != types[name]:

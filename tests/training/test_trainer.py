@@ -248,6 +248,8 @@ def test_damaged_or_foreign_checkpoints_are_refused_and_change_nothing(tmp_path:
     path.write_bytes(whole)
     with pytest.raises(CheckpointError, match="another model"):
         trainer(run=changed(task={"width": 8})).load(path)
+    with pytest.raises(CheckpointError, match="another run"):
+        trainer(run_id=b"r" * 32).load(path)
     assert other.fingerprint() == before
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
