@@ -19,6 +19,8 @@ T = TypeVar("T")
 BLOCK = 4096
 HELD_OUT = 20
 """One block in so many is held out: 5 %."""
+ENOUGH = 5 * HELD_OUT * BLOCK
+"""Of so many bytes some are held out, but once in 170 times."""
 MOST = 4 << 30
 """Most bytes of text that one peer reads."""
 _SKIPPED = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}

@@ -65,6 +65,20 @@ def test_own_data_is_trained_on_whole_but_the_built_in_corpus_is_divided(corpus:
     assert 0.2 < len(common) / len(set(shares[0].train)) < 0.3
 
 
+def test_too_little_text_is_answered_with_how_much_is_enough(tmp_path: Path) -> None:
+    few = next(words(i, 8192) for i in range(99) if not held_out(words(i, 8192)))
+    (tmp_path / "a.txt").write_bytes(few)
+    short = Text(Place(data=str(tmp_path)))
+    with pytest.raises(SettingError, match=r"no text is held out .* give it 400 KiB of --data"):
+        short.evaluate(short.model(), thorough=False)
+    assert data.ENOUGH == 400 << 10
+    assert held_out(words(0, data.ENOUGH))
+
+
+def held_out(text: bytes) -> bool:
+    return any(data.is_held_out(block, 0, data.HELD_OUT) for block in data.cut(text))
+
+
 def test_missing_or_empty_data_is_answered(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="does not exist"):
         data.load(Place(data=str(tmp_path / "nothing")))

@@ -112,7 +112,8 @@ class Text:
                 )
             if not self._loaded[1].windows:
                 raise SettingError(
-                    "no text is held out (1 block of 4 KiB in 20 is); give it more --data"
+                    f"no text is held out (1 block of 4 KiB in {data.HELD_OUT} is, by its hash); "
+                    f"give it {data.ENOUGH >> 10} KiB of --data or more"
                 )
         return self._loaded
 
