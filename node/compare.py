@@ -293,12 +293,13 @@ def rows(results: Sequence[Result]) -> list[Row]:
 
 
 def curves(results: Sequence[Result]) -> dict[str, list[Point]]:
-    """Return each run's points, means over the seeds that came to the end."""
+    """Return the points of each run that came to its end, means over the seeds that did."""
     found = {}
     for name in dict.fromkeys(r.name for r in results):
         good = [r for r in results if r.name == name and not r.failed]
-        last = min((r.turns for r in good), default=-1)
-        found[name] = [_averaged([r.points[turn] for r in good]) for turn in range(last + 1)]
+        last = min((r.turns for r in good), default=0)
+        if good:
+            found[name] = [_averaged([r.points[turn] for r in good]) for turn in range(last + 1)]
     return found
 
 
@@ -397,8 +398,7 @@ def _train(job: Job) -> Result:
         turn = min(max(recorder.turns, default=0) for recorder in recorders)
         if turn > shown:
             shown = turn
-            measured = _mean([recorder.turns[turn][1] for recorder in recorders])
-            _tell({"turn": turn, "held_out": None if measured is None else round(measured, 4)})
+            _tell(_progress(recorders, turn))
         return rehearsal.done(simulator)
 
     ended = simulator.run(HORIZON, over)
@@ -418,6 +418,12 @@ def _train(job: Job) -> Result:
         after=after,
         points=tuple(_points(recorders, _quickly(trainer))),
     )
+
+
+def _progress(recorders: Sequence[Recorder], turn: int) -> dict[str, Any]:
+    """Return how far all are who have begun `turn`: what they measured before it."""
+    measured = _mean([recorder.turns[turn][1] for recorder in recorders])
+    return {"turn": turn - 1, "held_out": None if measured is None else round(measured, 4)}
 
 
 def _points(recorders: Sequence[Recorder], final: float | None) -> list[Point]:

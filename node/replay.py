@@ -389,8 +389,11 @@ class _Rebuilding:
             result.compared.append(claim if isinstance(claim, Compared) else self._check(claim))
         compared = [each.updates for each in result.compared if each.agrees is not None]
         if compared and (rest := result.updates - max(compared)) > 0:
-            what = "update is" if rest == 1 else f"{rest} updates are"
-            result.notes.append(f"the last {what} in nobody's model to compare with")
+            what = "update" if rest == 1 else f"{rest} updates"
+            result.notes.append(
+                f"nobody has stated a fingerprint with the last {what}: the model was compared as "
+                "it was before"
+            )
         self._move(dict(self._log.frontier.counts()))
         seconds = time.perf_counter() - started
         if trainer.recompute() != trainer.fingerprint():

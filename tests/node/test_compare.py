@@ -181,7 +181,23 @@ def test_means_and_spread_are_over_the_seeds_that_came_to_the_end() -> None:
     assert row.failed == "seed 2: it broke"
     # 2 · 2/3 · 4 bytes · 100 parameters · 10 steps, against two copies of each payload
     assert row.fewer == pytest.approx(sum(16000 / 3 / (2 * b) for b in (50, 51)) / 2)
-    assert compare.curves(results) == {"a": [Point(0, None, 2.0, 0), Point(1, 1.5, 2.0, 50.5)]}
+    curve = {"a": [Point(0, None, 2.0, 0), Point(1, 1.5, 2.0, 50.5)]}
+    assert compare.curves(results) == curve
+    none = Result(name="b", seed=0, failed="it broke")
+    assert compare.curves([*results, none]) == curve, "there is nothing to draw, nor to name"
+    panels = command.make_panels([*results, none])
+    assert [[line.name for line in panel.lines] for panel in panels] == [["a"], ["a"]]
+
+
+def test_progress_says_the_measure_of_the_turn_it_names() -> None:
+    """What is measured before a turn is the model after the one before: as in the curve."""
+    recorders = [compare.Recorder(None) for _ in range(2)]
+    for place, recorder in enumerate(recorders):
+        recorder.turns = {1: (2.0, 9.0, 10), 2: (1.5, 5.0 + place, 20)}
+    said = compare._progress(recorders, 2)
+    assert said == {"turn": 1, "held_out": 5.5}
+    point = compare._points(recorders, final=4.0)[said["turn"]]
+    assert point.held_out == said["held_out"]
 
 
 def test_what_runs_do_not_have_in_common_is_told_of_all() -> None:

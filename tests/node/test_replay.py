@@ -595,7 +595,10 @@ def test_a_proof_takes_out_of_the_model_what_it_closes(
     rewrite(copied, kept)
     code, found = replayed(capsys, copied.path)
     assert code == 0  # the checkpoint's frontier is below: it agrees there
-    assert found["notes"] == ["the last 3 updates are in nobody's model to compare with"]
+    assert found["notes"] == [
+        "nobody has stated a fingerprint with the last 3 updates: the model was compared as it was "
+        "before"
+    ]
     assert found["closed"] == []
     assert found["updates"] == 3 * TURNS + 3
     assert found["fingerprint"] != copied.fingerprint
