@@ -1,6 +1,7 @@
 """`shoal leave`: say good-bye and stop the daemon."""
 
 import argparse
+import sys
 
 from shoal.node import flags
 
@@ -20,7 +21,11 @@ def run(args: argparse.Namespace) -> int:
     from shoal.node.errors import ConfigError
 
     directory = client.find(args.dir)
-    client.connect(directory).post("leave")
+    daemon = client.connect(directory)
+    for warning in daemon.status().warnings:
+        if "in memory only" in warning:  # it tries once more, and says so if that is in vain
+            print(f"warning: {warning}", file=sys.stderr)
+    daemon.post("leave")
     if not home.wait_until_free(directory, ENDING):
         raise ConfigError(
             f"the daemon in {directory} has left the swarm but not ended within {ENDING:g} s; its "

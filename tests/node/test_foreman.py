@@ -213,6 +213,25 @@ def test_a_long_log_goes_in_batches_each_update_once(
     play(tmp_path, scenario, updates=23)
 
 
+def test_no_checkpoint_is_asked_for_while_the_log_on_disk_lacks_updates(tmp_path: Path) -> None:
+    async def scenario(scene: Scene) -> None:
+        update = Update(Author(ME, 1), 1, 1, "fake", digest(b""), 0)
+        scene.foreman.commit(update)
+        scene.store.degrade("disk: full")
+        scene.put(1)
+        scene.foreman.commit(update)
+        scene.foreman.give(ev.Apply(()))
+        await scene.until(ev.Applied)
+        assert scene.store.mend()
+        scene.foreman.commit(update)
+        scene.foreman.give(ev.Apply(()))
+        await scene.until(ev.Applied, 2)
+        commits = [r for r in scene.worker.asked if isinstance(r, pipe.Commit)]
+        assert [c.save for c in commits] == [False, False, True], "as it is when they are made"
+
+    play(tmp_path, scenario, updates=0)
+
+
 def test_what_a_dead_worker_was_told_is_not_told_to_the_next(tmp_path: Path) -> None:
     async def scenario(scene: Scene) -> None:
         scene.worker.hang = True

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +77,11 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing_and_one_that_stays_full_s
 
         fill(disk)
         daemon.wait("full", waits)
-        assert daemon.stop() == 2
+        leave = [sys.executable, "-m", "shoal.node.cli", "leave", str(directory)]
+        said = subprocess.run(leave, capture_output=True, text=True, check=True, timeout=200)
+        assert "updates wait" in said.stderr
+        assert daemon.process is not None
+        assert daemon.process.wait(60) == 2
         *_, last = daemon.log().splitlines()
         assert last.startswith("shoal: ")
         assert "updates are not on disk" in last
