@@ -387,12 +387,13 @@ class _Rebuilding:
         started = time.perf_counter()
         for claim in claims:
             result.compared.append(claim if isinstance(claim, Compared) else self._check(claim))
-        compared = [each.updates for each in result.compared if each.agrees is not None]
+        known = [each for each in result.compared if each.agrees is not None]
+        compared = [each.updates for each in known if each.updates]
         if compared and (rest := result.updates - max(compared)) > 0:
             what = "update" if rest == 1 else f"{rest} updates"
             result.notes.append(
-                f"nobody has stated a fingerprint with the last {what}: the model was compared as "
-                "it was before"
+                f"nobody has stated a fingerprint with the last {what} in it: the model was "
+                f"compared as it was before {'it' if rest == 1 else 'them'}"
             )
         self._move(dict(self._log.frontier.counts()))
         seconds = time.perf_counter() - started

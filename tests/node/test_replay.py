@@ -596,8 +596,8 @@ def test_a_proof_takes_out_of_the_model_what_it_closes(
     code, found = replayed(capsys, copied.path)
     assert code == 0  # the checkpoint's frontier is below: it agrees there
     assert found["notes"] == [
-        "nobody has stated a fingerprint with the last 3 updates: the model was compared as it was "
-        "before"
+        "nobody has stated a fingerprint with the last 3 updates in it: the model was compared as "
+        "it was before them"
     ]
     assert found["closed"] == []
     assert found["updates"] == 3 * TURNS + 3
