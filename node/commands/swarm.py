@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from shoal.node.swarm import Plan, Summary, Swarm
 
 INTERVAL = 1.0
-"""Seconds between looks."""
+"""Seconds between looks …"""
+SHORT = 0.25
+"""… and while nothing but a measure is waited for."""
 PLAIN_INTERVAL = 5.0
 """Seconds between lines where there is no terminal."""
 METERING = 1.2
@@ -259,7 +261,7 @@ def _known_at_first(swarm: "Swarm") -> "list[Status | None]":
     while not any(s is not None and s.measured for s in rows) and time.monotonic() < patience:
         if not any(s is not None and s.worker.pid is not None for s in rows):
             break
-        time.sleep(INTERVAL)
+        time.sleep(SHORT)
         rows = swarm.look()
     return rows
 
@@ -275,7 +277,7 @@ def _measured(
     while not (measured(rows) and _one_model(rows) >= one) and time.monotonic() < patience:
         if not swarm.living():
             break
-        time.sleep(INTERVAL)
+        time.sleep(SHORT)
         rows = last_known(rows, swarm)
         screen.show(rows, elapsed)
     return rows
