@@ -520,12 +520,6 @@ class Segments:
             raise DamageError("a payload does not check")
         return payload
 
-    def piece(self, at: Place, head: Head, offset: int, size: int) -> bytes:
-        """Read part of a payload, unchecked: who asked for it checks the whole."""
-        start = at.offset + HEAD_BYTES + head.record_bytes
-        size = max(0, min(size, head.payload_bytes - offset))
-        return self._read(at.segment, start + offset, size) if size else b""
-
     def _head(self, data: bytes) -> Head:
         try:
             return decode_head(

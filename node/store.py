@@ -447,31 +447,6 @@ class Store:
             except (DamageError, OSError) as error:
                 raise self._forget(Key(head.author, head.number), error) from error
 
-    def payload_size(self, payload: Hash) -> int | None:
-        """Return the size of a payload that is held."""
-        with self._lock:
-            if payload in self._memory_payloads:
-                return len(self._memory_payloads[payload])
-            try:
-                at = self._payloads.get(payload)
-                return None if at is None else self._segments.head(Place(at)).payload_bytes
-            except (DamageError, OSError):
-                return None
-
-    def read_payload(self, payload: Hash, offset: int, size: int) -> bytes | None:
-        """Return `size` bytes of a payload from `offset` on (fewer at its end), or None."""
-        with self._lock:
-            if payload in self._memory_payloads:
-                return self._memory_payloads[payload][offset : offset + size]
-            at = self._payloads.get(payload)
-            if at is None:
-                return None
-            try:
-                head = self._segments.head(Place(at))
-                return self._segments.piece(Place(at), head, offset, size)
-            except (DamageError, OSError):
-                return None
-
     def records(self) -> Iterator[Stored]:
         """Yield every update held, in the order of writing."""
         places = [at for numbers in self._numbers.values() for at in _all(numbers)]

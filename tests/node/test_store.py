@@ -87,18 +87,13 @@ def test_what_was_appended_is_there_after_reopening_in_the_same_order(tmp_path: 
     assert store.size == sum(p.stat().st_size for p in tmp_path.glob("*.seg"))
 
 
-def test_payloads_are_served_in_pieces_and_by_hash(tmp_path: Path) -> None:
+def test_payloads_are_served_by_hash(tmp_path: Path) -> None:
     store = opened(tmp_path)
     payload = random.Random(1).randbytes(100_000)
     store.append(update(ALICE, 1, payload), payload)
     name = digest(payload)
     assert store.payload(name) == payload
-    assert store.payload_size(name) == 100_000
-    pieces = [store.read_payload(name, at, 30_000) for at in range(0, 100_000, 30_000)]
-    assert b"".join(p or b"" for p in pieces) == payload
-    assert store.read_payload(name, 100_000, 10) == b""
     assert store.payload(digest(b"other")) is None
-    assert store.read_payload(digest(b"other"), 0, 10) is None
 
 
 def test_the_same_update_is_written_once(tmp_path: Path) -> None:
@@ -484,7 +479,7 @@ def test_a_sick_disk_leaves_training_in_memory_under_a_fresh_log_id(tmp_path: Pa
     assert store.counts() == {ALICE: 2, mine: 1}
     assert store.get(mine, 1) == (b"record 1 of %x" % fresh, b"mine")
     assert store.payload(digest(b"mem")) == b"mem"
-    assert store.read_payload(digest(b"mine"), 1, 2) == b"in"
+    assert store.payload(digest(b"mine")) == b"mine"
     assert [s.key.number for s in store.records()] == [1, 2, 1]
     with pytest.raises(StoreFull):
         fill(store, 3)
