@@ -181,10 +181,15 @@ class Membership:
             if self.incarnation and not self.leaving:
                 self.say_alive()
 
+    @property
+    def retired(self) -> bool:
+        """Whether this process gives way to an earlier one under its key: it links to nobody."""
+        return self.twin == "later"
+
     def leave(self) -> None:
         """Say good-bye."""
         self.leaving = True
-        if self.twin == "later":
+        if self.retired:
             return  # whoever goes on under this key has not left
         self.incarnation = min(self.incarnation + 1, HIGHEST)
         self.publish(Leave(self.me, self.incarnation))

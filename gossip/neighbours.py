@@ -13,6 +13,7 @@ from shoal.gossip.topology import Topology, wanted
 
 LAST_WORD = 1.0
 """Seconds that a peer has on a link for which there is no room."""
+TWIN = "another process runs under this key"
 BACKOFF_MAX = 60.0
 PATIENCE = 3
 """Topology intervals before we dial who should dial us, and before a surplus link is closed."""
@@ -68,6 +69,11 @@ class Neighbours:
         if what != "topology":
             return False
         self.timers.set("topology", now + self.limits.topology_interval)
+        if self.membership.retired:
+            # Each end keeps one link a key: ours would take the place of the earlier process's.
+            for peer in sorted(self.links):
+                self.out.add(Disconnect(peer, TWIN))
+            return True
         self._refresh(now)
         self._dial(now)
         self._let_go(now)

@@ -70,7 +70,7 @@ from shoal.gossip.messages import (
     Vouch,
 )
 from shoal.gossip.names import Author, Hash, Key, PeerId
-from shoal.gossip.neighbours import Neighbours
+from shoal.gossip.neighbours import TWIN, Neighbours
 from shoal.gossip.outbox import Outbox
 from shoal.gossip.records import (
     HIGHEST,
@@ -426,6 +426,9 @@ class Protocol:
     def _on_link_up(self, peer: PeerId, admission: bytes, now: float) -> None:
         if self.scores.banned(peer, now):
             self.out.add(Disconnect(peer, "banned", self.limits.ban))
+            return
+        if self.membership.retired:
+            self.out.add(Disconnect(peer, TWIN))
             return
         if self._too_many(peer):
             why = f"a ledger run has at most {self.limits.members} members; larger ones use mixing"
@@ -818,7 +821,7 @@ class Protocol:
         return not (
             self.run.observe
             or self.membership.leaving
-            or self.membership.twin == "later"
+            or self.membership.retired
             or self.equivocation.exposed()
             or self.arrivals.full
         )
@@ -869,8 +872,8 @@ class Protocol:
         return self._standing().name.lower()
 
     def _degraded(self) -> str:
-        if self.membership.twin == "later":
-            return "another process runs under this key"
+        if self.membership.retired:
+            return TWIN
         if self.equivocation.exposed():
             return "two updates under one number: this key is in use elsewhere"
         if self.arrivals.full or self.turns.unwritable == "log full":

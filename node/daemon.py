@@ -145,7 +145,7 @@ class Daemon:
             place.identity.peer,
             self.driver.dial,
             links=self.core.linked,
-            wanted=lambda: limits.degree_min,
+            wanted=lambda: 0 if self.core.membership.retired else limits.degree_min,
         )
         self.finder = Finder(
             FinderSettings(
@@ -571,7 +571,10 @@ class Daemon:
                 "directory (--dir) and without --whole-log"
             )
         if which := self.core.membership.twin:
-            found.append(f"another process runs under this key; this is the {which} one")
+            found.append(
+                f"another process runs under this key; this is the {which} one: stop one of them, "
+                "and join with a directory of its own (--dir), so that each has its own key"
+            )
         return found
 
     def _disk(self) -> str:

@@ -158,6 +158,8 @@ class Simulator:
 
     def _bootstrap(self, peer: SimPeer) -> None:
         """Dial somebody who is up, as the daemon's discovery would."""
+        if peer.core.membership.retired:
+            return
         others = [p for p in self.peers if p.up and p is not peer and self._reaches(p, peer)]
         if others:
             other = others[0] if not self.now else self.rng.choice(others)

@@ -90,10 +90,13 @@ def test_the_later_of_two_twins_stops_and_both_say_so() -> None:
     assert later.membership.twin == "later"
     assert later.state == "degraded: another process runs under this key"
     assert first.state == "training"
+    assert later.linked() == [], "its links would take the place of the earlier one's"
     held = len([k for k in twin.records if k.author.log == later.log])
     simulator.run(40)
     assert len([k for k in twin.records if k.author.log == later.log]) == held
     assert first.turn > 15
+    assert later.linked() == []
+    assert all(first.me in simulator.peers[i].core.linked() for i in (0, 2, 3))
     simulator.run(50)
     assert later.state == "leaving"
     others = [simulator.peers[i].core for i in (0, 2, 3)]
