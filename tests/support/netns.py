@@ -43,7 +43,9 @@ def refusal() -> str | None:
     try:
         _ip("netns", "add", probe)
         _ip("-n", probe, "link", "add", "v0", "type", "veth", "peer", "name", "v1")
-        _ip("-n", probe, "link", "add", "br0", "type", "bridge")
+        _ip("-n", probe, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        _ip("-n", probe, "rule", "add", "pref", "10", "to", "10.93.0.1", "blackhole")
+        _forward(probe)
     except subprocess.CalledProcessError as error:
         return f"network namespaces are not allowed here: {error.stderr.strip()}"
     finally:
@@ -128,7 +130,7 @@ def network(hosts: int, *, routed: bool = False) -> Iterator[list[Host]]:
         _ip("netns", "add", hub)
         _ip("-n", hub, "link", "set", "lo", "up")
         if routed:
-            _ip("netns", "exec", hub, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+            _forward(hub)
         else:
             # A bridge that snoops multicast needs a querier to let mDNS through for long.
             _ip("-n", hub, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
@@ -144,7 +146,7 @@ def network(hosts: int, *, routed: bool = False) -> Iterator[list[Host]]:
         _delete([h.name for h in made] + [f"{stem}-hub"])
         for host in made:
             for process in host.started:
-                process.wait(10)
+                process.wait()
                 for stream in (process.stdin, process.stdout, process.stderr):
                     if stream is not None:
                         stream.close()
@@ -168,6 +170,11 @@ def _plug_in(stem: str, hub: str, i: int, routed: bool) -> Host:
         # Linux sends no multicast without a route for it.
         _ip("-n", name, "route", "add", "default", "dev", "eth0")
     return Host(name, hub, port, address, routed=routed)
+
+
+def _forward(hub: str) -> None:
+    """Let a namespace pass on what is for others."""
+    _ip("netns", "exec", hub, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
 
 
 def _ip(*arguments: str) -> str:
