@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shoal.compression import bits, entropy, parallel
 from shoal.compression.codec import PayloadError
 
-quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def read(data: torch.Tensor | bytes) -> bits.Reader:
