@@ -203,6 +203,8 @@ class Segments:
         self.damaged = False
         """Something that had been acknowledged may be lost."""
         self.sizes: dict[int, int] = {}
+        self._cuts: dict[int, int] = {}
+        """Where files are to end, found by `scan`."""
         self._disk = disk
         self._tail: tuple[int, int] | None = None
         self._abandoned = False
@@ -221,10 +223,11 @@ class Segments:
     # ------------------------------------------------------------------ opening
 
     def scan(self) -> Iterator[tuple[Place, Head, bytes]]:
-        """Check every segment and yield its frames; cut or set aside what does not check.
+        """Check every segment and yield its frames; note or set aside what does not check.
 
-        Payloads are hashed in the last segment only, where a torn write can be; those of sealed
-        segments, which were synced whole, are hashed when they are read.
+        `cut` then cuts it off, before anything is written. Payloads are hashed in the last segment
+        only, where a torn write can be; those of sealed segments, which were synced whole, are
+        hashed when they are read.
         """
         numbers = sorted(int(p.stem) for p in self.directory.glob("*.seg") if p.stem.isdecimal())
         for number in numbers:
@@ -244,7 +247,7 @@ class Segments:
             except TornError:
                 # Sealed segments were synced whole: no crash cuts their end off.
                 self.damaged = self.damaged or not last
-                self._cut(number, good, end)
+                self._note_torn(number, good, end)
             except DamageError as damage:
                 self._set_aside(number, good, str(damage))
             else:
@@ -291,10 +294,10 @@ class Segments:
             if hasher.digest() != head.payload:
                 raise DamageError("a payload does not check")
 
-    def _cut(self, number: int, good: int, end: int) -> None:
+    def _note_torn(self, number: int, good: int, end: int) -> None:
         name = self.path(number).name
         self.notes.append(f"{name}: cut an interrupted write of {end - good} bytes")
-        self._truncate(number, good)
+        self._end(number, good)
 
     def _set_aside(self, number: int, good: int, why: str) -> None:
         self.damaged = True
@@ -311,13 +314,20 @@ class Segments:
         except OSError as error:
             self.notes[-1] = f"{path.name}: {why} at byte {good}; cut ({error.strerror})"
             bad.unlink(missing_ok=True)
-        self._truncate(number, good)
+        self._end(number, good)
 
-    def _truncate(self, number: int, size: int) -> None:
+    def _end(self, number: int, size: int) -> None:
+        self._cuts[number] = size
         if size:
             self.sizes[number] = size
-        if self.readonly:
-            return
+
+    def cut(self) -> None:
+        """Cut off what `scan` found: once it is written down that something may be lost."""
+        for number, size in () if self.readonly else self._cuts.items():
+            self._truncate(number, size)
+        self._cuts = {}
+
+    def _truncate(self, number: int, size: int) -> None:
         if not size:
             self.path(number).unlink()
             return

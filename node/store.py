@@ -173,6 +173,7 @@ class Store:
         for at, head, record in segments.scan():
             store._index(at, head, record)
         store._take_log_id()
+        segments.cut()  # in this order: where the cut is all that shows a loss, so must the log id
         for note in segments.notes:
             log.warning("log repaired", extra={"note": note})
         return store
@@ -513,10 +514,10 @@ class Store:
         log.warning("update unreadable", extra={"number": key.number, "error": why})
         if not self._segments.readonly and not self.degraded:
             with contextlib.suppress(OSError):
-                self._segments.forget(at)
                 if key.author.log == self.log:
                     self._recorded = secrets.randbits(64) or 1
                     self._record_log_id()
+                self._segments.forget(at)  # last: nothing shows then that its number was used
         return DamagedError(key, why)
 
     # ------------------------------------------------------------------ own log id
