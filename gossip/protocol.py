@@ -213,6 +213,8 @@ class Protocol:
         self._questions = Rates(per_second, 20 * per_second, limits.members)
         self._rebuilt = float("-inf")
         self._sequence = 0
+        self._said: dict[PeerId, Record] = {}
+        """The last statement of progress of each peer, as it signed it."""
         self._stated: int = -1
         self._started = 0.0
         self._load(held)
@@ -420,6 +422,7 @@ class Protocol:
         self.agreement.forget(gone)
         for peer in gone:
             self.rows.forget(peer)
+            self._said.pop(peer, None)
 
     # ------------------------------------------------------------ links
 
@@ -581,7 +584,10 @@ class Protocol:
         # In a large swarm each statement is compared by some, not by all: the cost is members².
         compare = self.rng.random() * len(self.view.ring) < COMPARERS
         if not self.agreement.heard(progress, compare=compare):
+            if sender == progress.peer and (newer := self._said.get(sender)) is not None:
+                self.out.push(sender, newer)  # it has been restarted, and counts from 1 again
             return False
+        self._said[progress.peer] = record
         self.dissemination.forward(record, sender, set())
         self._check()
         return True

@@ -12,7 +12,16 @@ from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Ack, Digest, Ping, Push, Want
 from shoal.gossip.names import Author, Key, PeerId, RunId, digest
 from shoal.gossip.protocol import Protocol
-from shoal.gossip.records import Alive, Record, Report, Standing, Statement, Suspect, Update
+from shoal.gossip.records import (
+    Alive,
+    Progress,
+    Record,
+    Report,
+    Standing,
+    Statement,
+    Suspect,
+    Update,
+)
 from shoal.gossip.run import Held, Run
 
 RUN = Run(RunId(digest(b"run")), turns=5, most_bytes={"fake": 1000})
@@ -99,6 +108,26 @@ def test_a_newcomer_does_not_take_another_ones_word_that_there_is_nothing(
     for second in range(1, 20):  # in the end they begin all the same
         one.handle(ev.Tick(), float(second))
     assert one.joined
+
+
+def test_what_a_peer_says_after_a_restart_is_heard_however_much_it_said_before() -> None:
+    one, two, nothing = started(), started(TWO), core(TWO).frontier
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
+    one.handle(ev.Received(TWO, Push((seal(Alive(TWO, 1, 5, Standing.TRAINING)),))), 0.2)
+    before = seal(Progress(TWO, 900, (), nothing.hash, (0, 0), Report(turn=50)))
+    one.handle(ev.Received(TWO, Push((before,))), 0.3)
+    two.handle(ev.LinkUp(ONE, b"admitted"), 1.0)
+    two.handle(NO_MODEL, 1.1)
+    two.handle(ev.Reported(Report(turn=60)), 1.2)
+    sequences = []
+    for second in range(2, 60):
+        for said in pushed(two.handle(ev.Tick(), float(second)), ONE):
+            if isinstance(said, Progress):
+                sequences.append(said.sequence)
+                for told in pushed(one.handle(ev.Received(TWO, Push((seal(said),))), second), TWO):
+                    two.handle(ev.Received(ONE, Push((seal(told),))), second)
+    assert sequences[:2] == [1, 901]
+    assert one.agreement.statements[TWO].report.turn == 60
 
 
 def test_an_update_is_stored_before_anybody_hears_of_it() -> None:
