@@ -55,9 +55,10 @@ def serve(link: Blocking) -> int:
             answer, payload = duties.answer(request, memoryview(body))
         except PipeError:
             raise
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             # The user's code may raise anything; what it leaves behind can't be trusted, so this
-            # process ends and the next one starts from the log.
+            # process ends and the next one starts from the log. Also sys.exit is told here: by the
+            # time that torch has ended the process, the daemon may have given up waiting for it.
             traceback.print_exc()
             failed = failure(error)
             link.send(failed)
