@@ -1,6 +1,7 @@
 """The command line as a person meets it: quick help, one clear line for every mistake."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -177,7 +178,11 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     """`shoal --help | head -1`."""
     command = f"{sys.executable} -m shoal.node.cli swarm --help | head -1"
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=200
+        ["bash", "-o", "pipefail", "-c", command],
+        env={**os.environ, "LC_ALL": "C"},  # bash would complain of a language that is not there
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.stderr == ""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import pytest
@@ -217,6 +217,7 @@ class Hints:
     def __init__(self) -> None:
         self.hints: asyncio.Queue[Hint] = asyncio.Queue(8)
         self.hurried = 0
+        self.linked = set[PeerId]()
 
     def hurry(self, linked: Iterable[PeerId]) -> None:
         self.hurried += 1
@@ -237,11 +238,14 @@ def discovery(
     )
 
 
-async def until(done: "object", task: "asyncio.Task[None]") -> None:
-    async with asyncio.timeout(5):
-        while not done():  # type: ignore[operator]
+async def until(done: Callable[[], object], task: "asyncio.Task[None]") -> None:
+    async with asyncio.timeout(200):
+        while not done():
             assert not task.done(), task.exception()
             await asyncio.sleep(0.005)
+
+
+async def ended(task: "asyncio.Task[None]") -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -257,16 +261,15 @@ def test_it_dials_until_it_has_the_links_it_wants(caplog: pytest.LogCaptureFixtu
         it.bootstrap([parse(at(1)[0] + text)])
         it.recall([(peer(n), tuple(at(n))) for n in (2, 3, 4)])
         task = asyncio.create_task(it.run(hints))
-        await asyncio.sleep(0.2)
-        assert world.links == {peer(2)}
-        assert world.dialled.count(1) > 1
+        await until(lambda: world.links == {peer(2)} and world.dialled.count(1) > 3, task)
+        await until(lambda: world.dialled.count(4) > 1, task)  # its time-out ended that dial alone
+        await until(lambda: hints.linked == world.links, task)
         assert world.dialled.count(3) == 1
-        assert world.dialled.count(4) >= 1  # its time-out ends the dial, nothing else
-        assert hints.hurried >= 1
+        assert world.links == {peer(2)}
         world.outcomes[5] = Outcome.LINKED
-        assert hints.linked == world.links
         hints.hints.put_nowait(Hint(peer(5), tuple(at(5)), b"", "mdns", "/ip4/1.1.1.1/tcp/1/p2p/x"))
         await until(lambda: world.links == {peer(2), peer(5)}, task)
+        await ended(task)
         told = dict(it.book.remembered())[peer(5)]
         assert told == (*at(5), "/ip4/1.1.1.1/tcp/1/p2p/x")
 
@@ -288,6 +291,7 @@ def test_with_enough_links_it_is_silent() -> None:
         assert hints.hurried == 0
         world.links.clear()
         await until(lambda: world.dialled == [1], task)
+        await ended(task)
 
     asyncio.run(main())
 
@@ -311,5 +315,6 @@ def test_the_finder_is_hurried_ever_more_rarely_until_a_link_is_lost() -> None:
         before = hints.hurried
         now[0] += 10
         await until(lambda: hints.hurried == before + 1, task)
+        await ended(task)
 
     asyncio.run(main())

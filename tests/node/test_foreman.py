@@ -172,7 +172,7 @@ def play(directory: Path, scenario: Callable[[Scene], Awaitable[None]], updates:
         scene = Scene(directory, updates)
         running = asyncio.create_task(scene.foreman.run())
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(200):
                 await scene.until(ev.WorkerReady)
                 await scenario(scene)
         finally:
@@ -308,7 +308,7 @@ def test_an_export_that_waits_while_the_daemon_stops_is_refused(tmp_path: Path) 
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         with pytest.raises(ConfigError, match="stopping"):
-            await asyncio.wait_for(waiting[0], 5)
+            await asyncio.wait_for(waiting[0], 200)
 
     asyncio.run(main())
 

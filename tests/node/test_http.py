@@ -85,7 +85,7 @@ class Port:
         self.number = self.do(self.server.start())
 
     def do(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(200)
 
     def close(self) -> None:
         self.do(self.server.stop())
@@ -96,7 +96,7 @@ class Port:
     def ask(
         self, method: str, path: str, body: str | None = None, **headers: str
     ) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.number, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", self.number, timeout=200)
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
         text = answer.read().decode()
@@ -143,7 +143,7 @@ def test_a_stream_resumes_after_the_last_event_id(port: Port) -> None:
 
 
 def open_stream(port: Port, path: str, header: str = ""):
-    connection = socket.create_connection(("127.0.0.1", port.number), timeout=5)
+    connection = socket.create_connection(("127.0.0.1", port.number), timeout=200)
     connection.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n{header}\r\n".encode())
     stream = connection.makefile("rb")
     connection.close()  # the file keeps it open

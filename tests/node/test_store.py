@@ -215,7 +215,7 @@ def test_a_power_cut_loses_no_own_update(
     rng = random.Random(seed)
     disk = Volatile()
     with TemporaryDirectory() as name:
-        directory = Path(name)
+        directory = Path(name).resolve()  # as the kernel names what is open
         store = opened(directory, disk=disk, segment_bytes=segment_bytes)
         numbers: dict[Author, int] = {}
         wrote: dict[tuple[Author, int], bytes] = {}
