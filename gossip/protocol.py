@@ -640,8 +640,8 @@ class Protocol:
         if self.turns.owns(record):
             self.arrivals.forget(update)
             self.turns.store_failed(reason)
-        else:
-            self.arrivals.store_failed(record, update, reason)
+        elif self.arrivals.store_failed(record, update, reason):
+            self.dissemination.forget(record.id)  # to be taken in again once there is room
 
     def _on_lost(self, key: Key) -> None:
         """The log lacks an update that was in: let repair bring it, under no new number."""

@@ -110,6 +110,16 @@ def test_a_newcomer_does_not_take_another_ones_word_that_there_is_nothing(
     assert one.joined
 
 
+def test_who_holds_updates_believes_a_newcomer_that_holds_none() -> None:
+    one = core(records=[update(Author(TWO, 3), 1)])
+    nothing = core(TWO).frontier
+    one.handle(ev.Start(("a",), b"admitted", alone=False), 0.0)
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
+    one.handle(ev.Received(TWO, Push((seal(Alive(TWO, 1, 5, Standing.JOINING)),))), 0.2)
+    one.handle(ev.Received(TWO, Digest((), True, nothing.hash, 0, False)), 0.3)
+    assert one.joined, "it has no need to wait for more"
+
+
 def test_what_a_peer_says_after_a_restart_is_heard_however_much_it_said_before() -> None:
     one, two, nothing = started(), started(TWO), core(TWO).frontier
     one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
@@ -250,6 +260,21 @@ def test_a_log_full_of_others_updates_stops_publishing_too() -> None:
     assert of(ev.Store, effects) == []
     assert of(ev.Discard, effects) == [ev.Discard()]
     assert one.state == "degraded: log full"
+
+
+def test_a_log_that_has_room_again_is_published_to_again() -> None:
+    one = started()
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.0)
+    one.handle(NO_MODEL, 0.1)
+    one.handle(ev.Applied((), (0, 0), ()), 0.2)
+    (store,) = of(ev.Store, one.handle(ev.Received(TWO, Push((update(Author(TWO, 3), 1),))), 0.5))
+    assert isinstance(store, ev.Store)
+    one.handle(ev.StoreFailed(store.record, "log full"), 0.6)
+    assert worker_requests(one.handle(turn_done(1), 1.0)) == []
+    (again,) = worker_requests(one.handle(ev.StoreMended(), 2.0))
+    assert isinstance(again, ev.StartTurn)
+    assert one.state == "training"
+    assert of(ev.Store, one.handle(ev.Received(TWO, Push((update(Author(TWO, 3), 1),))), 3.0))
 
 
 def test_after_a_disk_error_the_update_is_numbered_in_a_fresh_log() -> None:
