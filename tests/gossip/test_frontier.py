@@ -178,3 +178,26 @@ def test_closing_twice_is_closing_once(number: int) -> None:
     assert not frontier.close(author(0), number)
     assert not frontier.close(author(0), number + 1)
     assert frontier.hash == before
+
+
+def test_a_log_closed_at_its_first_number_is_in_the_hash_of_earlier_frontiers() -> None:
+    frontier = filled([update(author(1), 1), update(author(2), 1), update(author(2), 2)])
+    frontier.close(author(1), 1)
+    assert frontier.hash_at(dict(frontier.counts())) == frontier.hash
+    earlier = filled([update(author(1), 1), update(author(2), 1)])
+    open_there = earlier.hash_at({author(2): 1})
+    earlier.close(author(1), 1)
+    assert frontier.hash_at({author(2): 1}) == earlier.hash != open_there
+
+
+def test_what_is_lost_is_a_hole_and_what_came_after_it_is_held_no_longer() -> None:
+    frontier = filled([update(author(1), n) for n in (1, 2, 3, 5)])
+    assert frontier.lose(author(1), 2) == 3
+    assert frontier.hash == filled([update(author(1), 1)]).hash
+    assert frontier.missing(author(1), 5) == [(2, 4)]
+    assert frontier.lose(author(1), 5) == 1, "above the hole, where nothing is in"
+    assert frontier.missing(author(1), 5) == [(2, 5)]
+    assert frontier.lose(author(2), 1) == 0
+    for number in (5, 3, 2):
+        frontier.add(*update(author(1), number))
+    assert frontier.count(author(1)) == 3
