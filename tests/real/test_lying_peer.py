@@ -128,7 +128,7 @@ def test_the_honest_learn_beside_a_liar(swarm: Swarm) -> None:
         assert [each["agrees"] for each in found["compared"]] == [True] or killed
         if found["evaluation"] is not None:
             print(f"accuracy {found['evaluation']:.3f}")
-            assert found["evaluation"] > 0.5
+            assert found["evaluation"] > 0.3, "far from chance; their mere sum would learn nothing"
 
 
 def replayed(daemon: Daemon, *flags: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from shoal.node.replay import Options, replay
 from shoal.node.status import State
 from shoal.node.wire import requests
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(2400)]
 RUNS = ["mezo", "one-byte", "fedkseed", "ferret", "subspace", "two-planes"]
 JOINED = """
 [run]
@@ -46,7 +46,7 @@ def test_a_shipped_run_ends_with_one_model_that_every_log_rebuilds(
         [sys.executable, "-m", "shoal.node.cli", *swarm],
         capture_output=True,
         text=True,
-        timeout=560,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,7 +67,7 @@ def test_a_shipped_run_ends_with_one_model_that_every_log_rebuilds(
 def test_who_joins_in_the_middle_holds_the_same_model(tmp_path: Path) -> None:
     """Seeds are drawn by what is in the ledger, so the joiner's history must be whole, too."""
     run = tmp_path / "run.toml"
-    run.write_text(JOINED.format(turns=12, pool=256, sampling="pro"))
+    run.write_text(JOINED.format(turns=0, pool=256, sampling="pro"))
     daemons = [Daemon(tmp_path / name) for name in "abc"]
     local = ("--listen", "127.0.0.1:0", "--threads", "1")
     a, b, c = daemons
@@ -78,22 +78,21 @@ def test_who_joins_in_the_middle_holds_the_same_model(tmp_path: Path) -> None:
         a.wait("in the middle", lambda s: s.turn >= 3, 90)
         c.start("join", address, "--dir", str(c.directory), *local)
         for daemon in daemons:
-            daemon.wait("finished", lambda s: s.state is State.FINISHED, 120)
-        agree(daemons)
-        found = {status.fingerprint for d in daemons if (status := d.status()) is not None}
-        assert len(found) == 1
-        assert {replay(d.directory, Options()).fingerprint for d in daemons} == found
+            daemon.wait("training together", lambda s: s.turn >= 3 and s.frontier.authors == 3, 120)
+        for daemon in daemons:
+            daemon.client().post("pause")
+        found = agree(daemons)
+        assert {replay(d.directory, Options()).fingerprint for d in daemons} == {found}
     finally:
         for daemon in daemons:
-            if daemon.process is not None and daemon.process.poll() is None:
-                daemon.process.kill()
-                daemon.process.wait(10)
+            daemon.end()
 
 
 def test_who_joins_late_begins_with_the_sums_of_a_peer_that_stays_alone(tmp_path: Path) -> None:
     """A joiner, killed and started again, outlives all that have the log, and gives its own."""
     run = tmp_path / "run.toml"
-    run.write_text(JOINED.format(turns=30, pool=64, sampling="uniform"))
+    # For ever: whenever the joiner comes, there is more to be learnt, and some of that by itself.
+    run.write_text(JOINED.format(turns=0, pool=64, sampling="uniform"))
     a, b, c, d, e = daemons = [Daemon(tmp_path / name) for name in "abcde"]
     local = ("--listen", "127.0.0.1:0", "--threads", "1", "--libp2p", "off")
     try:
@@ -111,8 +110,9 @@ def test_who_joins_late_begins_with_the_sums_of_a_peer_that_stays_alone(tmp_path
         assert not (d.directory / "snapshot").exists()
         c.kill()
         c.start()
+        c.wait("training", lambda s: s.state is State.TRAINING and s.frontier.authors == 3, 120)
         for daemon in (a, b, c):
-            daemon.wait("finished", lambda s: s.state is State.FINISHED, 180)
+            daemon.client().post("pause")
         one = agree([a, b, c, d])
         for daemon in (a, b, d):
             assert daemon.stop() == 0
@@ -140,9 +140,7 @@ def test_who_joins_late_begins_with_the_sums_of_a_peer_that_stays_alone(tmp_path
         assert len({model.read_bytes() for model in models}) == 1
     finally:
         for daemon in daemons:
-            if daemon.process is not None and daemon.process.poll() is None:
-                daemon.process.kill()
-                daemon.process.wait(10)
+            daemon.end()
 
 
 def test_who_has_been_given_what_is_no_snapshot_fetches_the_log(tmp_path: Path) -> None:
@@ -183,6 +181,4 @@ def test_who_has_been_given_what_is_no_snapshot_fetches_the_log(tmp_path: Path) 
         assert (again.summed, again.fingerprint) == (0, one)
     finally:
         for daemon in (a, b):
-            if daemon.process is not None and daemon.process.poll() is None:
-                daemon.process.kill()
-                daemon.process.wait(10)
+            daemon.end()
