@@ -44,7 +44,8 @@ from shoal.node.status import EventRow, PeerRow, State, Status, known
 from shoal.node.store import DamagedError, Store
 from shoal.node.traffic import SocketMeter
 from shoal.node.transport.grpc import Transport
-from shoal.node.transport.libp2p import Finder, FinderSettings
+from shoal.node.transport.libp2p.finder import Finder
+from shoal.node.transport.libp2p.settings import FinderSettings
 from shoal.node.transport.listen import as_before
 from shoal.node.wire.records import RecordReader, Sealer
 

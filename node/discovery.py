@@ -17,7 +17,7 @@ from typing import Protocol
 from shoal.gossip.names import PeerId
 from shoal.node.addresses import Address, AddressError, parse_bare
 from shoal.node.identity import peer_text
-from shoal.node.transport.libp2p import Hint
+from shoal.node.transport.libp2p.hint import Hint
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class Book:
 
 
 class Finds(Protocol):
-    """A source of hints: `Finder` of transport/libp2p.py, or a test's."""
+    """A source of hints: `Finder` of transport/libp2p/finder.py, or a test's."""
 
     hints: "asyncio.Queue[Hint]"
 

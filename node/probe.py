@@ -82,7 +82,8 @@ def libp2p_here() -> dict[str, Any]:
     import secrets
     import time
 
-    from shoal.node.transport.libp2p import Finder, FinderSettings
+    from shoal.node.transport.libp2p.finder import Finder
+    from shoal.node.transport.libp2p.settings import FinderSettings
 
     async def start() -> str:
         # A swarm of our own that nobody else is in.

@@ -11,7 +11,7 @@ from shoal.gossip.names import PeerId
 from shoal.node.addresses import parse
 from shoal.node.discovery import Book, Discovery, DiscoveryLimits, Outcome, Source
 from shoal.node.identity import peer_text
-from shoal.node.transport.libp2p import Hint
+from shoal.node.transport.libp2p.hint import Hint
 
 LIMITS = DiscoveryLimits()
 
