@@ -14,6 +14,7 @@ from shoal.gossip.names import Author, Key, PeerId, RunId, digest
 from shoal.gossip.protocol import Protocol
 from shoal.gossip.records import (
     Alive,
+    Leave,
     Progress,
     Record,
     Report,
@@ -138,6 +139,48 @@ def test_what_a_peer_says_after_a_restart_is_heard_however_much_it_said_before()
                     two.handle(ev.Received(ONE, Push((seal(told),))), second)
     assert sequences[:2] == [1, 901]
     assert one.agreement.statements[TWO].report.turn == 60
+
+
+def test_models_that_differed_do_not_agree_because_the_other_one_is_gone() -> None:
+    one, nothing = started(), core(TWO).frontier
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
+    one.handle(ev.Received(TWO, Push((seal(Alive(TWO, 1, 5, Standing.TRAINING)),))), 0.2)
+    one.handle(NO_MODEL, 0.3)
+    one.handle(ev.Applied((), (0, 0), ()), 0.4)
+
+    def say(sequence: int, value: int) -> list[str]:
+        told = Progress(TWO, sequence, (), nothing.hash, (value, value), Report())
+        effects = one.handle(ev.Received(TWO, Push((seal(told),))), float(sequence))
+        return [e.what for e in effects if isinstance(e, ev.Happened)]
+
+    say(1, 5)
+    done = ev.TurnDone(1, "fake", None, 0, None, Report(turn=1))
+    assert worker_requests(one.handle(done, 1.5)) == [ev.Rebuild()]
+    one.handle(ev.Rebuilt(ev.Applied((), (0, 0), ())), 1.6)
+    assert [say(sequence, 5) for sequence in (2, 3, 4)] == [[], [], ["diverged"]]
+    one.handle(ev.Received(TWO, Push((seal(Leave(TWO, 2)),))), 5.0)
+    assert one.agrees() is None
+    effects = one.handle(ev.Rebuilt(ev.Applied((), (0, 0), ())), 6.0)
+    assert "agreed" not in [e.what for e in effects if isinstance(e, ev.Happened)]
+    assert one.state.startswith("diverged")
+    one.handle(ev.Received(TWO, Push((seal(Alive(TWO, 3, 5, Standing.TRAINING)),))), 7.0)
+    assert say(8, 0) == ["agreed"]
+    assert not one.diverged
+
+
+def test_a_hole_in_the_own_log_and_a_number_beyond_it_mean_a_fresh_log() -> None:
+    author = Author(ONE, 7)
+    records = [update(author, n) for n in (1, 2, 3)]
+    assert core(records=records).log == 7
+    assert core(records=[records[0], records[2]]).log != 7
+    for known, fresh in ((records[2], False), (update(author, 4), True)):
+        one = core(records=records)
+        one.handle(ev.Start(("a",), b"admitted", alone=False), 0.0)
+        one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
+        effects = one.handle(ev.Received(TWO, Push((known,))), 0.2)
+        assert (one.log != 7) == fresh
+        said = [e.what for e in effects if isinstance(e, ev.Happened)]
+        assert said == ["new-log"] * fresh
 
 
 def test_an_update_is_stored_before_anybody_hears_of_it() -> None:
