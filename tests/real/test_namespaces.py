@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -9,45 +10,56 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.daemons import Daemon, run_file
+from support.daemons import PATIENCE, Daemon, run_file
 from support.netns import Host, network
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 Json = dict[str, Any]
 
 
 def shoal(host: Host, *argv: str) -> str:
     """Run a command on a host and return what it prints."""
-    return host.run([sys.executable, "-m", "shoal.node.cli", *argv]).stdout
+    command = [sys.executable, "-m", "shoal.node.cli", *argv]
+    return host.run(command, timeout=60 * PATIENCE).stdout
 
 
 def status(host: Host, daemon: Daemon) -> Json:
-    found: Json = json.loads(shoal(host, "status", str(daemon.directory), "--json"))
+    """Return its status; nothing while it does not answer."""
+    assert daemon.process is not None
+    assert daemon.process.poll() is None, daemon.log()
+    try:
+        found: Json = json.loads(shoal(host, "status", str(daemon.directory), "--json"))
+    except subprocess.CalledProcessError:
+        return {}
     return found.get("status", found)
 
 
 def wait(
-    host: Host, daemon: Daemon, what: str, good: Callable[[Json], bool], seconds: float
+    host: Host, daemon: Daemon, what: str, good: Callable[[Json], bool], seconds: float = 60.0
 ) -> Json:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE * seconds
     last: Json = {}
     while time.monotonic() < end:
-        assert daemon.process is not None
-        assert daemon.process.poll() is None, daemon.log()
-        if (daemon.directory / "status.json").exists():
-            last = status(host, daemon)
-            if good(last):
-                return last
+        last = status(host, daemon)
+        if last and good(last):
+            return last
         time.sleep(0.5)
-    raise AssertionError(f"not {what} within {seconds} s: {last}\n{daemon.log()}")
+    raise AssertionError(f"not {what} within {PATIENCE * seconds} s: {last}\n{daemon.log()}")
+
+
+def at_one(seen: list[Json]) -> bool:
+    """Say whether all are paused, none is in the middle of a turn, and all hold one model."""
+    if not seen or not all(s and s["state"] == "paused" and s["measured"] for s in seen):
+        return False
+    return len({(s["fingerprint"], s["frontier"]["hash"]) for s in seen}) == 1
 
 
 def join_address(daemon: Daemon, seconds: float = 60.0) -> str:
     """Return the address that the daemon printed."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE * seconds
     while time.monotonic() < end:
-        found = re.search(r"^join: shoal join (\S+)", daemon.log(), re.MULTILINE)
+        found = re.search(r"^join: shoal join (\S+)", daemon.said(), re.MULTILINE)
         if found:
             return found[1]
         time.sleep(0.2)
@@ -79,21 +91,20 @@ def test_a_run_founded_on_one_host_is_joined_from_others_by_the_printed_address(
 
         # The wire to one host is cut; both sides train on and unite when it is mended.
         hosts[2].cut()
-        before = status(hosts[2], daemons[2])["turn"]
-        wait(hosts[0], daemons[0], "missing one", lambda s: s["members"] == 2, 60)
-        wait(hosts[2], daemons[2], "training alone", lambda s: s["turn"] >= before + 2, 60)
+        before = wait(hosts[2], daemons[2], "answering", bool)["turn"]
+        wait(hosts[0], daemons[0], "missing one", lambda s: s["members"] == 2)
+        wait(hosts[2], daemons[2], "training alone", lambda s: s["turn"] >= before + 2)
         hosts[2].heal()
+        # The longer it was away, the more rarely it is looked for.
         for host, daemon in zip(hosts, daemons, strict=True):
-            wait(host, daemon, "whole again", lambda s: s["members"] == 3, 60)
+            wait(host, daemon, "whole again", lambda s: s["members"] == 3, 180)
+        for host, daemon in zip(hosts, daemons, strict=True):
             shoal(host, "pause", str(daemon.directory))
-        seen: list[tuple[str, str]] = []
-        end = time.monotonic() + 180
-        while time.monotonic() < end:
-            now = [status(h, d) for h, d in zip(hosts, daemons, strict=True)]
-            seen = [(s["fingerprint"], s["frontier"]["hash"]) for s in now]
-            if len(set(seen)) == 1 and all(s["state"] == "paused" for s in now):
-                break
+        seen: list[Json] = []
+        end = time.monotonic() + PATIENCE * 180
+        while time.monotonic() < end and not at_one(seen):
             time.sleep(0.5)
-        assert len(set(seen)) == 1, seen
+            seen = [status(h, d) for h, d in zip(hosts, daemons, strict=True)]
+        assert at_one(seen), seen
         for daemon in daemons:
             assert daemon.stop() == 0

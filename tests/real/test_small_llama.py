@@ -17,7 +17,7 @@ from shoal.node.status import State
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         find_spec("transformers") is None or find_spec("peft") is None,
         reason="the extra hf is not installed: pip install 'shoal[hf]'",
@@ -29,7 +29,7 @@ SIZE = "--width 32 --layers 2 --heads 2 --vocabulary 400 --context 64"
 
 def call(*argv: str, cwd: Path, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=1200, check=False
     )
     said = done.stdout + done.stderr
     assert done.returncode == code, said
