@@ -480,3 +480,10 @@ def test_under_a_turn_rule_what_lies_far_back_is_not_added_up(
     agreement.step(moved({}, {ONE: 9}))
     assert agreement.at({ONE: 6}) == joint({ONE: 6})
     assert agreement.at({ONE: 5}) is None
+
+
+def test_a_statement_that_is_not_newer_changes_nothing() -> None:
+    agreement = Agreement(ledger({ONE: 2}))
+    said = [statement({ONE: 2}, (n, n), sequence=n) for n in (3, 2, 3, 4)]
+    assert [agreement.heard(each, compare=True) for each in said] == [True, False, False, True]
+    assert agreement.statements[peer(9)] == said[3]

@@ -183,6 +183,24 @@ def test_a_hole_in_the_own_log_and_a_number_beyond_it_mean_a_fresh_log() -> None
         assert said == ["new-log"] * fresh
 
 
+def test_only_who_states_the_same_updates_holds_them() -> None:
+    """Settled means settled on the same updates: what differs may not be forgotten."""
+    author, third = Author(TWO, 3), PeerId(digest(b"three"))
+    records = [update(author, n) for n in (1, 2, 3)]
+    one = core(records=records)
+    one.handle(ev.Start(("a",), b"admitted", alone=True), 0.0)
+    others = {
+        TWO: core(TWO, records).frontier,
+        third: core(third, [*records[:2], update(author, 3, b"y")]).frontier,
+    }
+    for peer, frontier in others.items():
+        one.handle(ev.LinkUp(peer, b"admitted"), 0.1)
+        said = Digest(frontier.entries(), True, frontier.hash, 0, False)
+        one.handle(ev.Received(peer, said), 0.2)
+    assert one.rows.holds(TWO, author) == 3
+    assert one.rows.holds(third, author) == 0
+
+
 def test_an_update_is_stored_before_anybody_hears_of_it() -> None:
     one = started()
     one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
