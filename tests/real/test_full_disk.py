@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.daemons import Daemon, run_file
+from support.daemons import PATIENCE, Daemon, run_file
 
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import RunId
 from shoal.node.status import Status
 from shoal.node.store import Store
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 LOCAL = ("--listen", "127.0.0.1:0", "--threads", "1", "--libp2p", "off")
 
@@ -55,7 +55,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing_and_one_that_stays_full_s
     tmp_path: Path, disk: Path
 ) -> None:
     directory = disk / "d"
-    daemon = Daemon(directory)
+    daemon = Daemon(directory, says_in=tmp_path)  # what it says has room
     run = run_file(tmp_path, peers=1, pace="turn_seconds = 0.2")
     try:
         daemon.start("start", str(run), "--dir", str(directory), *LOCAL)
@@ -73,15 +73,15 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing_and_one_that_stays_full_s
         daemon.start("start", str(directory), *LOCAL)
         again = daemon.wait("on from there", lambda s: s.frontier.updates > known)
         assert again.run == started.run
-        assert "checkpoint not used" not in daemon.log()
+        assert "checkpoint not used" not in daemon.said()
 
         fill(disk)
         daemon.wait("full", waits)
         leave = [sys.executable, "-m", "shoal.node.cli", "leave", str(directory)]
-        said = subprocess.run(leave, capture_output=True, text=True, check=True, timeout=200)
+        said = subprocess.run(leave, capture_output=True, text=True, check=True, timeout=600)
         assert "updates wait" in said.stderr
         assert daemon.process is not None
-        assert daemon.process.wait(60) == 2
+        assert daemon.process.wait(60 * PATIENCE) == 2
         *_, last = daemon.log().splitlines()
         assert last.startswith("shoal: ")
         assert "updates are not on disk" in last
@@ -90,9 +90,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing_and_one_that_stays_full_s
 
         daemon.start("start", str(directory), *LOCAL)
         daemon.wait("on from there", lambda s: s.frontier.updates > known)
-        assert "checkpoint not used" not in daemon.log()
+        assert "checkpoint not used" not in daemon.said()
         assert daemon.stop() == 0
     finally:
-        if daemon.process is not None and daemon.process.poll() is None:
-            daemon.process.kill()
-            daemon.process.wait(10)
+        daemon.end()

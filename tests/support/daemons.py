@@ -61,12 +61,15 @@ class Daemon:
     prefix: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
     threads: int = 1
+    says_in: Path | None = None
+    """Where its logs lie; None: beside its directory."""
     logs: list[Path] = field(default_factory=list)
 
     def start(self, *argv: str) -> "Daemon":
         """Start it with the given command line, or again with `start DIR`."""
         command = argv or ("start", str(self.directory))
-        log = self.directory.with_name(f"{self.directory.name}.{len(self.logs)}.log")
+        folder = self.says_in or self.directory.parent
+        log = folder / f"{self.directory.name}.{len(self.logs)}.log"
         self.logs.append(log)
         with log.open("wb") as out:
             self.process = subprocess.Popen(
