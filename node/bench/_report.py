@@ -1,12 +1,14 @@
-"""What a benchmark measured: rows beside their yardsticks, as a table or as one JSON object."""
+"""What a benchmark says: what it does now, and what it measured, as a table or one JSON object."""
 
 import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,28 @@ def beside(name: str, value: float, unit: str, yardstick: float) -> Row:
     return Row(name, value, unit, yardstick, value / yardstick)
 
 
+def say(line: str) -> None:
+    """Tell the waiting what is done now."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def one_object(bench: str, rows: Sequence[Any], *, where: str | None = None, **more: Any) -> str:
+    """Return what `--json` prints: bench, machine, what else there is to say, and the rows."""
+    found = {"bench": bench, "machine": where or machine(), **more, "rows": list(rows)}
+    return json.dumps(found, default=asdict)
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Return a benchmark's own flags, for its JSON object."""
+    return {name: value for name, value in vars(args).items() if name not in ("json", "parser")}
+
+
 def show(bench: str, rows: Sequence[Row], *, as_json: bool, where: str | None = None) -> None:
     """Print one object {bench, machine, rows}, or a table; `where`: another name of the machine."""
-    where = where or machine()
     if as_json:
-        found = {"bench": bench, "machine": where, "rows": [asdict(row) for row in rows]}
-        print(json.dumps(found))
+        print(one_object(bench, rows, where=where))
         return
-    print(f"{bench} on {where}")
+    print(f"{bench} on {where or machine()}")
     width = max(len(row.name) for row in rows)
     for row in rows:
         line = f"  {row.name:{width}}  {row.value:>12.5g} {row.unit}"

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from shoal.node.bench._report import grid
-from shoal.node.bench._tuned import WITHIN, Plan, Tuned, loss, say
+from shoal.node.bench._report import grid, say
+from shoal.node.bench._tuned import WITHIN, Plan, Tuned, loss
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,6 @@
 """A text model trained on one half of this Python's library and tuned on the other half."""
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from shoal.node.bench._report import say
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -213,8 +214,3 @@ def loss(tuned: Tuned, model_D: "Tensor", windows_NT: "Tensor") -> float:
             batch = windows_NT[start : start + 64]
             total += float(tuned.task.loss(tuned.model, batch)) * len(batch)
     return total / len(windows_NT)
-
-
-def say(line: str) -> None:
-    """Tell the waiting what is done now."""
-    print(line, file=sys.stderr, flush=True)

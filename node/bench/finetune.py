@@ -11,17 +11,16 @@ than a tenth of what a peer of FedKSeed did, or if a turn took more bytes than i
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from shoal.node.bench._lockstep import Lockstep
-from shoal.node.bench._report import add_json, grid, machine
+from shoal.node.bench._report import add_json, grid, machine, one_object, say
 from shoal.node.errors import ConfigError
 
 FORWARD, BACKWARD = 1, 2
@@ -89,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
         rows = list(_rows(args, data, rates))
     broken = promises(rows)
     if args.json:
-        plain = [asdict(row) for row in rows]
-        print(json.dumps({"bench": "finetune", "machine": machine(), "rows": plain}))
+        print(one_object("finetune", rows))
     else:
         print(f"fine-tuning {args.base}, {args.peers} peers, on {machine()}")
         print(table(rows))
@@ -183,7 +181,7 @@ def _tune(
         swarm.take()
     after = swarm.trainers[0].evaluate()
     name = f"{update['kind']} by {peers} at {update.get('lr', 0):g}"
-    print(f"{name}: {before:.4f} to {after:.4f}", file=sys.stderr, flush=True)
+    say(f"{name}: {before:.4f} to {after:.4f}")
     return after, before, swarm.payload
 
 

@@ -12,17 +12,15 @@ slopes differ, and rules that leave out what is far from the others cost points 
 """
 
 import argparse
-import json
 import multiprocessing
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from shoal.node import flags
-from shoal.node.bench._report import add_json, grid, machine
+from shoal.node.bench._report import add_json, asked, grid, machine, one_object, say
 from shoal.node.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,7 +118,7 @@ def train(rule: str, liars: int, args: argparse.Namespace) -> tuple[float, int]:
 
     from shoal.node.bench._lockstep import Lockstep
 
-    print(f"{rule}, {liars} of {args.peers} lie, seed {args.seed}", file=sys.stderr, flush=True)
+    say(f"{rule}, {liars} of {args.peers} lie, seed {args.seed}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model gains nothing from more
     try:
@@ -195,9 +193,7 @@ def broken(rows: Sequence[Row], args: argparse.Namespace) -> list[Row]:
 def show(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Print one object, or a table."""
     if args.json:
-        said = {k: v for k, v in vars(args).items() if k not in ("json", "parser")}
-        found = {"bench": "liars", "machine": machine(), "asked": said}
-        print(json.dumps(found | {"rows": [asdict(row) for row in rows]}))
+        print(one_object("liars", rows, asked=asked(args)))
         return
     heads = ["turn rule", "no liars", f"{args.liars} of {args.peers} lie", "lost", "payload"]
     cells = [

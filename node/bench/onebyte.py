@@ -7,13 +7,12 @@ Exit code 1 if any seed ends below 94 % or needs more than 16 kB in all.
 """
 
 import argparse
-import json
 import sys
 import time
 from typing import Any
 
 from shoal.node.bench._lockstep import Lockstep
-from shoal.node.bench._report import add_json, grid, machine
+from shoal.node.bench._report import add_json, grid, machine, one_object
 from shoal.node.errors import ConfigError
 
 LEAST_ACCURACY = 0.94
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     rows = [measure(args, seed) for seed in seeds]
     if args.json:
-        print(json.dumps({"bench": "onebyte", "machine": machine(), "rows": rows}))
+        print(one_object("onebyte", rows))
     else:
         print(f"digits by one byte a slope, {args.peers} peers, on {machine()}")
         heads = ("seed", "before", "after", "payload bytes", "seconds")

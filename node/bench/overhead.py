@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shoal.node import client, founding, pipe
-from shoal.node.bench._report import Row, add_json, beside, show
+from shoal.node.bench._report import Row, add_json, beside, say, show
 from shoal.node.config import RunFile, to_toml
 from shoal.node.daemon import Daemon
 from shoal.node.errors import ConfigError
@@ -111,10 +111,10 @@ async def _measure(folder: Path) -> tuple[list[Speed], list[Speed]]:
     run_file.write_text(to_toml(_run()), "utf-8")
     bare, swarm = [], []
     for pair in range(PAIRS):
-        print(f"pair {pair + 1} of {PAIRS}: bare", file=sys.stderr, flush=True)
+        say(f"pair {pair + 1} of {PAIRS}: bare")
         with _pinned(ours):
             bare.append(await _bare(RunFile.load(run_file), folder / f"bare-{pair}"))
-        print(f"pair {pair + 1} of {PAIRS}: swarm", file=sys.stderr, flush=True)
+        say(f"pair {pair + 1} of {PAIRS}: swarm")
         pace = STEPS / bare[-1].wall
         swarm.append(await _swarm(run_file, folder / f"swarm-{pair}", pace, ours, theirs))
     return bare, swarm

@@ -9,17 +9,15 @@ than that of the peers who made the log turn by turn, or not what its own finger
 """
 
 import argparse
-import json
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shoal.node import flags
-from shoal.node.bench._report import add_json, grid, machine
-from shoal.node.bench.codecs import device_name
+from shoal.node.bench._device import check_device, device_name
+from shoal.node.bench._report import add_json, asked, grid, machine, one_object, say
 from shoal.node.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,10 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the logs, replay and compare."""
     import torch
 
-    if args.device != "cpu" and not args.device.startswith("cuda"):
-        raise ConfigError(f"--device {args.device}: use cpu or cuda")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: torch sees no CUDA here; use cpu")
+    check_device(args.device)
     if not 0 <= args.seed < 1 << 62:
         raise ConfigError(f"--seed {args.seed}: use 0 or more")
     threads = torch.get_num_threads()
@@ -115,7 +110,7 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
     for way, moves in ways(len(log), random.Random(args.seed)).items():
         for device, threads in places:
             where = device if device != "cpu" else f"{threads} thread{'s' * (threads > 1)}"
-            print(f"{label}: {way}, {where}", file=sys.stderr, flush=True)
+            say(f"{label}: {way}, {where}")
             torch.set_num_threads(threads)
             fresh = again(name, args, maker.initial_bytes(), device)
             began = time.perf_counter()
@@ -131,7 +126,7 @@ def make(name: str, args: argparse.Namespace) -> "tuple[Lockstep, list[Arrived]]
     from shoal.training.exchange import Arrived
     from shoal.training.lesson import Steps
 
-    print(f"{name}: {args.turns} turns of {args.peers} peers", file=sys.stderr, flush=True)
+    say(f"{name}: {args.turns} turns of {args.peers} peers")
     lockstep = Lockstep(tables(name, args), args.peers, run_id=run_id(args))
     generator = torch.Generator().manual_seed(args.seed)
     log = []
@@ -223,9 +218,7 @@ def tables(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def show(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Print one object, or a table."""
     if args.json:
-        said = {k: v for k, v in vars(args).items() if k not in ("json", "parser")}
-        found = {"bench": "replay", "machine": machine(), "asked": said}
-        print(json.dumps(found | {"rows": [asdict(row) for row in rows]}))
+        print(one_object("replay", rows, asked=asked(args)))
         return
     where = machine() if args.device == "cpu" else f"{machine()}, and {device_name()}"
     log = f"{args.turns} turns of {args.peers} peers, {args.parameters} parameters"

@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from shoal.node.bench._report import Row, add_json, beside, machine, show
-from shoal.node.bench.codecs import best, device_name, extra, parse_sizes
-from shoal.node.errors import ConfigError
+from shoal.node.bench._device import add_device, device_name, take_device
+from shoal.node.bench._memory import extra
+from shoal.node.bench._report import Row, add_json, beside, machine, say, show
+from shoal.node.bench._sizes import add_sizes, parse_sizes
+from shoal.node.bench._speed import best
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,26 +45,15 @@ QUICK = {"layers": 1, "width": 32, "heads": 1, "context": 32}
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     add_json(parser)
-    parser.add_argument(
-        "--sizes", default="1M,10M", metavar="N,…", help="parameters (default: 1M,10M)"
-    )
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="(default: 2)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    add_sizes(parser)
+    add_device(parser)
     parser.add_argument("--quick", action="store_true", help="1 M parameters, one round")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 if replay of many seeds is not as fast as promised."""
-    import torch
-
     sizes = [1_000_000] if args.quick else parse_sizes(args.sizes)
-    if args.device != "cpu" and not args.device.startswith("cuda"):
-        raise ConfigError(f"--device {args.device}: use cpu or cuda")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: torch sees no CUDA here; use cpu")
-    if args.threads < 1:
-        raise ConfigError(f"--threads {args.threads} is not a whole number above zero")
-    torch.set_num_threads(args.threads)
+    take_device(args)
     rounds = 1 if args.quick else ROUNDS
     replays = [Replay.measure(size, args.device, rounds) for size in sizes]
     threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
@@ -90,7 +81,7 @@ class Replay:
         """Time replay, the usual way and copying in turn."""
         import torch
 
-        print(f"replay of {_label(size)} parameters", file=sys.stderr, flush=True)
+        say(f"replay of {_label(size)} parameters")
         total_D = torch.zeros(size, dtype=torch.int32, device=device)
         x_D, y_D = torch.zeros(size, device=device), torch.ones(size, device=device)
         usual: list[Callable[[], object]] = [
@@ -118,7 +109,7 @@ def training(device: str, rounds: int, model: Mapping[str, int]) -> Iterable[Row
     from shoal.training.run import RunSpec
     from shoal.training.trainer import Setup, Trainer
 
-    print("training along seeds", file=sys.stderr, flush=True)
+    say("training along seeds")
     spec = RunSpec.parse(
         {
             "run": {"name": "scalars", "turns": 1},

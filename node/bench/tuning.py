@@ -13,16 +13,15 @@ No claim of FedZip's decides the exit code: see there what was measured.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.node.bench import _rounds
-from shoal.node.bench._report import add_json, grid, machine
-from shoal.node.bench._tuned import FULL, QUICK, WITHIN, Plan, Tuned, loss, say, tune
+from shoal.node.bench._report import add_json, grid, machine, one_object, say
+from shoal.node.bench._tuned import FULL, QUICK, WITHIN, Plan, Tuned, loss, tune
 from shoal.node.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,15 +91,12 @@ def run(args: argparse.Namespace) -> int:
     rounds = [row for each in found for row in each.rounds]
     if args.json:
         print(
-            json.dumps(
-                {
-                    "bench": "tuning",
-                    "machine": machine(),
-                    "parameters": found[0].parameters,
-                    "seconds": sum(each.seconds for each in found),
-                    "rows": [asdict(row) for row in rows],
-                    "rounds": [asdict(row) for row in rounds],
-                }
+            one_object(
+                "tuning",
+                rows,
+                parameters=found[0].parameters,
+                seconds=sum(each.seconds for each in found),
+                rounds=rounds,
             )
         )
     elif args.seeds > 1:

@@ -8,14 +8,14 @@ import torch
 
 from shoal.compression import perturbation, splitmix
 from shoal.node import cli
-from shoal.node.bench import codecs, scalars
+from shoal.node.bench import _speed, scalars
 from shoal.node.bench.scalars import Replay
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Time no longer than needed, and leave torch as many threads as it had."""
-    monkeypatch.setattr(codecs, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(_speed, "LEAST_SECONDS", 0.0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
