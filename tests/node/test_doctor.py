@@ -41,11 +41,14 @@ TRIAL = {
     "participation": 1.0,
 }
 Answers = dict[str, dict[str, Any]]
+Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
-    """What the child processes say; tests change it."""
+    """What the child processes say, and a machine with room; tests change it."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**13, 0, 10**13))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4096, 4096))
     said: Answers = {"torch": dict(TORCH), "libp2p": {"state": "running"}, "run": dict(TRIAL)}
     monkeypatch.setattr(probe, "ask", lambda what, **given: said[what])
     return said
@@ -126,8 +129,7 @@ def test_what_torch_says(
 def test_disk_is_measured_against_what_the_log_may_take(
     answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: str
 ) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))
     [finding] = examined(tmp_path / "not" / "yet" / "made")["disk"]
     assert finding.state == state
     assert (finding.remedy == "") == (state == OK)
