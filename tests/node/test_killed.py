@@ -225,7 +225,7 @@ class Life:
             self.driver.on_link_up(peer, b"")
         running = asyncio.create_task(self.foreman.run())
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(200):
                 while others or not (self.core.turns.finished() and self.core.turns.idle()):
                     if others and self.core.turns.next > 1:
                         self.driver.feed(ev.Received(EVE, Push((others.pop(0),))))

@@ -880,7 +880,7 @@ def test_a_directory_without_a_run_stays_as_it_is(
 def test_two_real_daemons_replay_to_one_model_while_they_run_and_after(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_file(tmp_path, turns=20, peers=2, pace="turn_seconds = 0.5")
+    run = run_file(tmp_path, turns=20, peers=2, pace="turn_seconds = 0.5\nmin_steps = 20")
     flags = ("--listen", "127.0.0.1:0", "--threads", "1")
     one, two = Daemon(tmp_path / "one"), Daemon(tmp_path / "two")
     try:
