@@ -12,7 +12,7 @@ from shoal.gossip.limits import Limits
 from shoal.node import admission, genesis, home, identity, pipe, snapshots
 from shoal.node.addresses import PORT, Address, parse_bare, parse_join, parse_listen
 from shoal.node.admission import Admission
-from shoal.node.config import NodeConfig, RunFile, parse_shard, parse_size
+from shoal.node.config import NodeConfig, RunFile, parse_shard, parse_size, to_toml
 from shoal.node.errors import ConfigError, PeerError
 from shoal.node.genesis import Genesis
 from shoal.node.home import Home
@@ -127,7 +127,7 @@ async def join(addresses: Sequence[str], options: Options) -> Place:
     config = NodeConfig().merged(options.local)
     fetched = await _fetch(targets, config, place)
     genesis.check_task(fetched.run_file, config.allow_task)
-    print(fetched.run_file.to_toml(), file=sys.stderr)
+    print(_shown(fetched.run_file), file=sys.stderr)
     if place is None:
         place = home.for_joiner(Path.cwd(), fetched.run_file, fetched.run_id, config)
         if place.genesis(Limits()) is not None:
@@ -140,6 +140,8 @@ async def join(addresses: Sequence[str], options: Options) -> Place:
         told = [target for target in targets if target.peer is not None]
         if await snapshots.ask(told, admitted, who, place.snapshot) is not None:
             print("began with a snapshot of the run (--whole-log takes the log)", file=sys.stderr)
+        elif _pooled(fetched.run_file):
+            print("no snapshot was given, so far: taking the log", file=sys.stderr)
     place.keep(fetched)
     config.save(place.node_toml)
     return Place(
@@ -150,6 +152,22 @@ async def join(addresses: Sequence[str], options: Options) -> Place:
         admission=admitted,
         bootstrap=targets,
     )
+
+
+def _shown(run_file: RunFile) -> str:
+    """Return the run as TOML for who joins it, without what is empty or does not count."""
+    tables = run_file.tables()
+    local = tables.get("local", {})
+    idle = {"turn_seconds", "min_steps", "max_steps"} if local.get("steps") else {"steps"}
+    tables["local"] = {key: value for key, value in local.items() if key not in idle}
+    return to_toml({n: {k: v for k, v in t.items() if v != ""} for n, t in tables.items()})
+
+
+def _pooled(run_file: RunFile) -> bool:
+    """Say whether the run's seeds are from a pool, so that it may be given as a snapshot."""
+    update = run_file.tables()["exchange"]["update"]
+    planes = update if isinstance(update, list) else [update]
+    return all(isinstance(plane, dict) and plane.get("directions") == "pool" for plane in planes)
 
 
 def resume(place: Home, options: Options) -> Place:
