@@ -4,9 +4,9 @@ Which method a turn uses follows from its kind of update: vectors come from step
 steps along seeded directions from losses alone, coordinates of a subspace from gradients in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -19,6 +19,16 @@ from shoal.training.task import Task
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to try."""
+
+
+def drawn(batches: Iterator[Any]) -> Any:
+    """Return the task's next batch; raises TrainingError when it has no more."""
+    try:
+        return next(batches)
+    except StopIteration:
+        raise TrainingError(
+            "the task's batches() came to an end; let it begin again and yield for ever"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

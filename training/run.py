@@ -13,7 +13,7 @@ from shoal.compression import codec
 from shoal.compression.settings import SettingError, build, fill, unknown
 from shoal.training import control, optimizer, presets, schedule, tables, task, turn_rule
 from shoal.training.feedback import FeedbackSettings
-from shoal.training.walk import RATE, WalkSettings
+from shoal.training.walk import WalkSettings, rate_for
 
 T = TypeVar("T")
 TABLES = ("run", "task", "local", "exchange", "swarm")
@@ -55,7 +55,7 @@ class Plane:
         """
         if not isinstance(self.author, WalkSettings) or self.author.lr:
             return self
-        author = replace(self.author, lr=RATE / parameters)
+        author = replace(self.author, lr=rate_for(parameters))
         update = _with_steps(self.update, author, quantum_bits, peers, "exchange.update")
         return replace(self, update=update, author=author)
 
@@ -269,8 +269,9 @@ def _with_steps(
         return Part(update.name, codec.filled(update.name, options, where=where))
     except SettingError:
         raise SettingError(
-            f"{where}: lr = {author.lr:g} and reach = {author.reach:g} make steps of which "
-            f"{options['perturbations']} do not fit the ledger; lower one of the three"
+            f"{where}: lr = {author.lr:g} and reach = {author.reach:g} make steps too long for "
+            f"perturbations = {options['perturbations']} of them to fit the ledger; lower one of "
+            "the three (without lr, it follows from the model's size)"
         ) from None
 
 

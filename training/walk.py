@@ -14,10 +14,17 @@ from shoal.compression.settings import SettingError
 RATE = 100.0
 """The default `lr` times parameters: a step's length² grows with their number, what it gains does
 not (MeZO's 1e-7 … 1e-6 for models of 10⁹; .02 for a perceptron of 5000)."""
+MOST_RATE = 0.1
+"""The largest default `lr`: of a handful of parameters each is no steeper than elsewhere."""
 MOST_QUANTUM_BITS = 30
 LARGE = 1e9
 EPSILONS = 1e-8, 1e4
 """The smallest and the largest ε: below, θ ± ε·z are θ in float32, and all slopes zero."""
+
+
+def rate_for(parameters: int) -> float:
+    """Return the `lr` of a run that names none."""
+    return min(RATE / parameters, MOST_RATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,7 @@ class WalkSettings:
     """The author's side of `exchange.update` for kinds that step along directions."""
 
     lr: float = 0.0
-    """How far a step goes for a slope of 1; 0: `RATE` / the number of parameters."""
+    """How far a step goes for a slope of 1; 0: see `rate_for`."""
     epsilon: float = 1e-3
     """ε: how far from the model losses are measured."""
     reach: float = 4.0

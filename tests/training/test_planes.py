@@ -16,7 +16,7 @@ from shoal.compression.codec import Combination, Origin
 from shoal.training.rules import Fragment, Plane, RuleError, Rules
 from shoal.training.run import RunError, RunSpec
 from shoal.training.trainer import Setup, Trainer
-from shoal.training.walk import RATE, WalkSettings
+from shoal.training.walk import MOST_RATE, RATE, WalkSettings
 
 RUN: dict[str, Any] = {"run": {"name": "a"}, "task": {"name": "digits"}}
 SPARSE = {"kind": "sparse", "every": 10}
@@ -102,6 +102,13 @@ def test_a_list_of_kinds_survives_the_genesis() -> None:
     assert spec([SPARSE, {"kind": "scalar"}]).sized(1000).planes[1].author.lr == RATE / 1000
 
 
+def test_a_handful_of_parameters_takes_steps_that_fit() -> None:
+    sized = spec({"kind": "scalar", "perturbations": 4}).sized(5)
+    assert sized.planes[0].author.lr == MOST_RATE
+    with pytest.raises(RunError, match=r"lr = 20 .* perturbations = 4 of them to fit"):
+        spec({"kind": "scalar", "perturbations": 4, "lr": 20.0})
+
+
 @pytest.mark.parametrize(
     ("update", "answer"),
     [
@@ -123,7 +130,10 @@ def test_a_list_of_kinds_survives_the_genesis() -> None:
         ({"kind": "scalar", "reach": 1e300}, r"reach = 1e\+300 must be above 0, and at most"),
         ({"kind": "scalar", "lr": 1e300}, r"lr = 1e\+300; use 0"),
         ({"kind": "scalar", "lr": 1e-300, "reach": 1e-300}, "below the ledger's unit"),
-        ({"kind": "scalar", "lr": 1e6}, r"lr = 1e\+06 and reach = 4 make steps of which 16 do not"),
+        (
+            {"kind": "scalar", "lr": 1e6},
+            r"lr = 1e\+06 and reach = 4 make steps too long for perturbations = 16",
+        ),
         ({"kind": "scalar", "lr": 1e-12}, "below the ledger's unit, 2.-24; raise lr"),
         ({"kind": "scalar", "lr": 1e-8}, r"set exchange.quantum_bits to 25 "),
         ({"kind": "scalar", "exponent": 3}, "give lr as well"),

@@ -10,7 +10,7 @@ from shoal.compression.codec import Codec
 from shoal.training import generators, parameters
 from shoal.training.exchange import Exchange
 from shoal.training.lesson import Lesson
-from shoal.training.method import Tools, TrainingError
+from shoal.training.method import Tools, TrainingError, drawn
 from shoal.training.optimizer import Inner
 
 
@@ -49,7 +49,7 @@ class Gradient:
         with generators.seeded(seed, device):
             for step in range(steps):
                 self.inner.scale(tools.factor(turn - 1 + step / steps))
-                loss = tools.task.loss(tools.model, next(batches))
+                loss = tools.task.loss(tools.model, drawn(batches))
                 losses.append(loss.detach())
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.step()

@@ -21,7 +21,7 @@ from shoal.training import generators, parameters
 from shoal.training.exchange import Exchange
 from shoal.training.forwards import Forwards
 from shoal.training.lesson import Lesson, Steps
-from shoal.training.method import Tools, TrainingError
+from shoal.training.method import Tools, TrainingError, drawn
 from shoal.training.walk import WalkSettings
 
 NAN = float("nan")
@@ -58,7 +58,7 @@ class ZerothOrder:
             batches = tools.task.batches(torch.Generator().manual_seed(seed))
             for direction, share in zip(directions.tolist(), shares, strict=True):
                 key = codec.key(direction)
-                loss, slope = self._measure(exchange.integers(), key, next(batches))
+                loss, slope = self._measure(exchange.integers(), key, drawn(batches))
                 rate = self._settings.lr * tools.factor(turn - 1 + len(sizes) / len(shares))
                 size = -rate * self._reach(slope * share)
                 if self._settings.walk and math.isfinite(size):
