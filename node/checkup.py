@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.gossip.limits import Limits
-from shoal.node import addresses, client, genesis, identity, probe
+from shoal.node import addresses, client, genesis, identity, probe, shipped
 from shoal.node.config import NodeConfig, RunFile, parse_size
 from shoal.node.errors import ConfigError
 from shoal.node.home import Home
@@ -80,13 +80,17 @@ def subject(target: Path | None, given: dict[str, object], peers: int) -> Subjec
     """Return what `target` – a run file, a directory or nothing – names."""
     if target is None:
         return Subject(Path.cwd(), config=NodeConfig().merged(given), peers=peers)
-    if target.is_dir():
+    if str(target) in shipped.names() and not target.exists():
+        name = str(target)
+        run_file = RunFile.parse(shipped.read(name), where=name)
+    elif target.is_dir():
         directory = target if (target / "node.toml").exists() else client.find(target)
         config = NodeConfig.load(directory / "node.toml").merged(given)
         held = directory / "genesis"
         tables = genesis.load(held, Limits()).run_file.tables() if held.exists() else None
         return Subject(directory, tables, config, peers)
-    run_file = RunFile.load(target)
+    else:
+        run_file = RunFile.load(target)
     return Subject(Path.cwd(), run_file.tables(), NodeConfig().merged(given), peers)
 
 

@@ -5,6 +5,7 @@ and signatures are simulated. The same seed gives the same trace and the same mo
 """
 
 import random
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from shoal.node.simulation.faults import Network
 from shoal.node.simulation.peers import fake_peer
 from shoal.node.simulation.simulator import Simulator
 from shoal.node.simulation.workers import Arrived, Delta, SimWorker, Turned
+from shoal.node.worker import failure
 from shoal.training import exchange
 from shoal.training.method import TrainingError
 from shoal.training.run import RunError, RunSpec
@@ -63,6 +65,9 @@ class TrainingWorker:
             )
         except (RunError, TrainingError) as error:
             raise ConfigError(str(error)) from error
+        except Exception as error:  # the user's task may raise anything
+            traceback.print_exc()
+            raise ConfigError(f"a worker failed: {failure(error).error}") from error
         self.steps += turned.steps
         self.published += len(turned.payload or b"")
         self.last = Report(

@@ -24,7 +24,7 @@ def register(subparsers: flags.Subparsers) -> None:
         nargs="?",
         type=Path,
         metavar="RUN.toml|DIR",
-        help="also look at this run (default: the machine alone)",
+        help="also look at this run, or at a shipped one by name (default: the machine alone)",
     )
     parser.add_argument(
         "--peers",

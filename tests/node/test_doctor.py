@@ -265,6 +265,11 @@ def test_kinds_that_take_turns_are_told_together() -> None:
     assert both["payload"] == pytest.approx(mean, rel=0.05)
 
 
+def test_a_shipped_run_is_known_by_its_name(answers: Answers) -> None:
+    about = checkup.subject(Path("digits"), {}, 0)
+    assert about.run == checkup.subject(DIGITS, {}, 0).run
+
+
 @pytest.mark.parametrize(("peers", "problems", "warnings"), [(4, 0, 0), (300, 0, 1), (600, 1, 1)])
 def test_a_swarm_too_large_is_said(
     answers: Answers, tmp_path: Path, peers: int, problems: int, warnings: int

@@ -95,6 +95,48 @@ def test_a_peer_whose_worker_starts_anew_holds_the_same_model() -> None:
     assert {peer.worker.trainer.recompute() for peer in simulator.living()} == prints
 
 
+FAILING = """
+from shoal.training.tasks.digits import Digits
+
+class Failing(Digits):
+    def loss(self, model, batch):
+        self.losses = getattr(self, "losses", 0) + model.training
+        if self.losses > 3:
+            raise LookupError("no such label")
+        return super().loss(model, batch)
+
+class Ending(Digits):
+    def batches(self, generator):
+        given = super().batches(generator)
+        for _ in range(2):
+            yield next(given)
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [("Failing", "LookupError: no such label ("), ("Ending", "batches() came to an end")],
+)
+def test_a_task_that_fails_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factory: str,
+    said: str,
+) -> None:
+    name = f"{factory.lower()}_task"
+    (tmp_path / f"{name}.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = adapt(read_run("digits"), peers=2, turns=2)
+    run["task"] = {"name": f"{name}:{factory}"}
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(run))
+    assert cli.main(["simulate", str(path), "--allow-task", f"{name}:{factory}"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("shoal: ")
+    assert said in last
+
+
 def test_a_run_that_follows_the_clock_cannot_be_simulated() -> None:
     tables = adapt(read_run("digits"), peers=2, turns=1)
     tables["local"] = {**tables["local"], "steps": 0, "turn_seconds": 1.0}
