@@ -37,7 +37,7 @@ BACKOFF = 0.5
 BACKOFF_MAX = 30.0
 GOOD_AGE = 600.0
 """A worker that lived for so many seconds was a good one, whatever ended it."""
-GRACE = 10.0
+GRACE = 20.0
 """Seconds that a worker has to write its checkpoint when it is stopped."""
 LAST_WORDS = 2.0
 """Seconds that a process whose pipe has closed has to end before it is killed."""
@@ -271,10 +271,13 @@ class Supervisor:
             if not end.done() and not child.reason:
                 await asyncio.wait({end}, timeout=LAST_WORDS)
         finally:
+            hung = not end.done()
             _kill(child.process.pid)
             talk.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 asked, failed = await talk
+            if hung and failed is None:
+                child.reason = child.reason or "worker: closed its pipe and did not end; killed"
             code = await end
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORDS):

@@ -27,7 +27,7 @@ PEERS = 64
 """Most daemons on one machine."""
 STARTING = 180.0
 """Seconds a daemon may take until it answers: the worker imports torch on a busy machine."""
-ENDING = 20.0
+ENDING = 40.0
 """Seconds a daemon may take to leave cleanly before it is killed."""
 
 _REFUSED = 2

@@ -5,7 +5,7 @@ import sys
 
 from shoal.node import flags
 
-ENDING = 30.0
+ENDING = 40.0
 """Seconds that the daemon may take to end: its worker finishes the step it is at, and writes."""
 
 
