@@ -884,9 +884,13 @@ def test_two_real_daemons_replay_to_one_model_while_they_run_and_after(
     flags = ("--listen", "127.0.0.1:0", "--threads", "1")
     one, two = Daemon(tmp_path / "one"), Daemon(tmp_path / "two")
     try:
-        one.start("start", str(run), "--dir", str(one.directory), *flags)
+        one.start("start", str(run), "--dir", str(one.directory), "--paused", *flags)
         join = one.wait("up", lambda s: s.join).join[0]
-        two.start("join", join, "--dir", str(two.directory), *flags)
+        two.start("join", join, "--dir", str(two.directory), "--paused", *flags)
+        for each in (one, two):  # nobody is done before the other is there
+            each.wait("together", lambda s: s.members == 2 and s.worker.pid and s.fingerprint)
+        for each in (one, two):
+            each.client().post("resume")
         one.wait("training", lambda s: s.turn >= 3 and s.frontier.authors == 2)
         code, found = replayed(capsys, one.directory)
         assert (code, found["running"]) == (0, True), found
