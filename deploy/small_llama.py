@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.seed < 2**63:
         parser.error("--seed is from 0 to 2^63 - 1")
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        parser.error(f"{args.out} is not an empty folder; name a new one")
+        parser.error(f"{args.out} is not an empty folder; name a new one, or remove it")
     return args
 
 

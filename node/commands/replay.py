@@ -101,7 +101,7 @@ def lines(result: "Result") -> Iterator[str]:
     yield from _some("closed", result.closed)
     yield from _some("note", result.notes)
     yield (
-        f"rebuilt   in {result.rebuilt_in:.2f} s: {result.updates_per_second:.0f} updates/s "
+        f"rebuilt   in {result.rebuilt_in:.2f} s: {result.updates_per_second:.3g} updates/s "
         f"({result.order}, batches of {result.batch}, {result.device}, {result.threads} threads)"
     )
     refused = ", ".join(f"{rule} {count}" for rule, count in sorted(result.refused.items()))
