@@ -9,7 +9,7 @@ from shoal.gossip.limits import Limits
 from shoal.gossip.messages import Push
 from shoal.gossip.names import Author, Key, PeerId, RunId, digest
 from shoal.gossip.protocol import Protocol
-from shoal.gossip.records import Proof, Record, Statement, Update
+from shoal.gossip.records import Alive, Proof, Record, Report, Standing, Statement, Update
 from shoal.gossip.run import Held, Run
 
 ONE, TWO, THREE = (PeerId(digest(name)) for name in (b"one", b"two", b"three"))
@@ -31,10 +31,10 @@ def proof(number: int) -> Record:
     return seal(Proof(LIAR, number, first, second))
 
 
-def started() -> tuple[Protocol, dict[Key, Record]]:
+def started(*, pace: str = "free", observe: bool = False) -> tuple[Protocol, dict[Key, Record]]:
     """Return a core with links to the liar and to another, and its log."""
     log: dict[Key, Record] = {}
-    run = Run(RunId(digest(b"run")), most_bytes={"fake": 1000})
+    run = Run(RunId(digest(b"run")), most_bytes={"fake": 1000}, pace=pace, observe=observe)
     one = Protocol(run, ONE, 7, 1, seal, random.Random(1), Limits(), Held((), recall=log.get))
     one.handle(ev.Start(("a",), b"admitted", alone=True), 0.0)
     for peer in (TWO, THREE):
@@ -103,3 +103,37 @@ def test_nothing_is_taken_from_who_is_accused_and_its_link_ends() -> None:
     assert take(one, log, seal(other), sender=THREE) == [seal(other)]
     ended = [e for e in one.handle(ev.Tick(), 5.0) if isinstance(e, ev.Disconnect)]
     assert [e.peer for e in ended] == [TWO]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_the_model_holds_from_a_closing_on_is_taken_out_the_last_of_it_as_well(
+    number: int,
+) -> None:
+    one, log = started(observe=True)
+    take(one, log, update(1, b"x"), update(2, b"x"))
+    one.handle(ev.WorkerReady((), (0, 0)), 2.0)
+    deltas = tuple((Key(LIAR, n), (n, n)) for n in (1, 2))
+    one.handle(ev.Applied(((LIAR, 2),), (3, 3), deltas), 3.0)
+    effects = one.handle(ev.Received(THREE, Push((proof(number),))), 4.0)
+    asked = [e for e in effects if isinstance(e, ev.Subtract)]
+    assert asked == ([ev.Subtract(LIAR, number, 2)] if number <= 2 else [])
+
+
+def test_nobody_waits_for_the_turns_of_who_is_accused() -> None:
+    one, _ = started(pace="lockstep")
+    alive = seal(Alive(TWO, 1, 5, Standing.TRAINING))
+    one.handle(ev.Received(TWO, Push((alive,))), 0.2)
+    assert set(one.training()) == {ONE, TWO}
+
+    def turns(event: ev.Event, now: float) -> list[int]:
+        effects = one.handle(event, now)
+        for store in [e for e in effects if isinstance(e, ev.Store)]:
+            effects += one.handle(ev.Stored(store.record), now)
+        return [e.turn for e in effects if isinstance(e, ev.StartTurn)]
+
+    assert turns(ev.WorkerReady((), (0, 0)), 0.3) == [1]
+    one.handle(ev.Applied((), (0, 0), ()), 0.4)
+    done = ev.TurnDone(1, "fake", digest(b"z"), 1, b"z", Report(turn=1))
+    assert turns(done, 0.5) == [], "the other one's first turn is still to come"
+    assert turns(ev.Received(THREE, Push((proof(1),))), 0.6) == [2]
+    assert one.training() == [ONE]

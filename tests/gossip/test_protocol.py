@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shoal.gossip import events as ev
 from shoal.gossip.limits import Limits
-from shoal.gossip.messages import Ack, Digest, Ping, Push, Want
+from shoal.gossip.messages import Ack, AskAdmission, Digest, Ping, Push, Vouch, Want
 from shoal.gossip.names import Author, Key, PeerId, RunId, digest
 from shoal.gossip.protocol import Protocol
 from shoal.gossip.records import (
@@ -296,6 +296,20 @@ def test_a_dropped_turn_publishes_nothing_and_the_next_one_starts() -> None:
     assert start.turn == 2
 
 
+def test_the_answer_of_another_turn_is_none() -> None:
+    """A worker that was asked anew may still tell of what the one before it did."""
+    one = started()
+    one.handle(NO_MODEL, 0.1)
+    one.handle(ev.Applied((), (0, 0), ()), 0.2)
+    effects = one.handle(turn_done(2), 1.0)
+    assert of(ev.Store, effects) == []
+    assert worker_requests(effects) == []
+    (store,) = of(ev.Store, one.handle(turn_done(1), 2.0))
+    assert isinstance(store, ev.Store)
+    assert isinstance(store.record.statement, Update)
+    assert store.record.statement.turn == 1
+
+
 def test_a_full_log_discards_the_turn() -> None:
     one = started()
     one.handle(NO_MODEL, 0.1)
@@ -358,6 +372,17 @@ def test_after_a_disk_error_the_update_is_numbered_in_a_fresh_log() -> None:
     one.handle(ev.StoreMended(), 1.3)
     assert one.state == "training"
     assert Author(ONE, one.log) == second.author, "and on in the same log"
+
+
+def test_a_record_of_a_stranger_waits_until_we_know_how_it_was_admitted() -> None:
+    one, stranger = started(), PeerId(digest(b"stranger"))
+    one.handle(ev.LinkUp(TWO, b"admitted"), 0.1)
+    record = update(Author(stranger, 3), 1)
+    effects = one.handle(ev.Received(TWO, Push((record,))), 1.0)
+    assert of(ev.Store, effects) == []
+    assert ev.Send(TWO, AskAdmission((stranger,))) in effects
+    effects = one.handle(ev.Received(TWO, Vouch(stranger, b"admitted")), 2.0)
+    assert [e.record for e in effects if isinstance(e, ev.Store)] == [record]
 
 
 def test_a_failed_pull_goes_to_another_source_and_later_to_whoever_holds_it() -> None:
