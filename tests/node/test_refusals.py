@@ -85,7 +85,7 @@ def test_a_client_of_another_swarm_does_not_get_through_tls(stranger: Admission)
 
 
 async def hello_outcome(to: Node, who: Identity, first: bytes) -> tuple[grpc.StatusCode, str]:
-    async with link_call(to, who, 5) as call:
+    async with link_call(to, who, 200) as call:
         await call.write(first)
         got = await outcome(call.read())
         if got[0] is grpc.StatusCode.OK:
