@@ -11,6 +11,7 @@ from shoal.gossip import messages as m
 from shoal.gossip import records as r
 from shoal.gossip.limits import Limits
 from shoal.gossip.names import NO_HASH, Author, Hash, PeerId, RunId, digest
+from shoal.gossip.snapshot import Line
 from shoal.node.admission import Admission
 from shoal.node.identity import Identity
 from shoal.node.wire import fields, frames, records, requests
@@ -383,10 +384,55 @@ def test_oversized_things_are_refused_before_they_are_parsed() -> None:
         assert caught.value.reason == "oversize"
 
 
+def test_what_is_just_as_large_as_allowed_arrives() -> None:
+    author = Author(ME.peer, 7)
+    said: list[r.Statement] = [
+        inline(7, 2**32 - 1, 2**32 - 1, "a" * 64, bytes(records.INLINE_BYTES)),
+        r.Leave(ME.peer, r.HIGHEST),
+        r.Contact(ME.peer, 1, ("/ip4/10.0.0.1/tcp/7",) * fields.ADDRESSES, PROOF),
+    ]
+    for statement in said:
+        assert fresh().read(SEALER.seal(statement).raw).statement == statement
+    told: list[m.Message] = [
+        m.Want(author, 1, 1),
+        m.ViewDigest((1,) * 256),
+        m.Digest((m.Entry(author, 3, Hash(b"h" * 32), 0, 3),), False, NO_HASH, 0, False),
+    ]
+    frame = b"".join(map(frames.encode, told))
+    limits = Limits(message_bytes=len(frame), frame_messages=len(told))
+    assert list(reader(limits).read(frame).messages) == told
+
+
+def test_lengths_are_refused_from_one_beyond_the_bound_on() -> None:
+    frame = 2 * frames.encode(m.Ping(1))
+    for limits in (Limits(message_bytes=len(frame) - 1), Limits(frame_messages=1)):
+        with pytest.raises(WireError) as caught:
+            reader(limits).read(frame)
+        assert caught.value.reason == "oversize"
+    with pytest.raises(WireError) as caught:
+        fresh().read(bytes(records.RECORD_BYTES))
+    assert caught.value.reason != "oversize", "it is no record for another reason"
+    bare = len(requests.encode_hello(Hello((1,), RUN, bytes(200), (), 5))) - 200
+    room = requests.HELLO_BYTES - bare
+    for most, over in ((room, False), (room + 1, True)):
+        # A length from 128 to 16383 takes two bytes, that of the frame around it as well.
+        data = requests.encode_hello(Hello((1,), RUN, bytes(most), (), 5))
+        assert (len(data) > requests.HELLO_BYTES) == over
+        assert reason_of(requests.decode_hello, data) == ("oversize" if over else "good")
+
+
+@pytest.mark.parametrize(("count", "turn"), [(0, 1), (1, 0)])
+def test_a_snapshot_stands_for_updates_and_for_turns(count: int, turn: int) -> None:
+    line = Line(Author(ME.peer, 7), count, Hash(b"h" * 32), turn)
+    data = requests.encode_snapshot([line], (1, 2), b"")
+    assert reason_of(lambda told: requests.decode_snapshot(told, ME.peer), data) == "malformed"
+
+
 FRAMES = {
     "nothing": pb.Message(),
     "ids cut off": pb.Message(announce=pb.Announce(ids=bytes(33))),
     "want nothing": pb.Message(want=pb.Want(author=bytes(40), first=0, last=0)),
+    "want from zero": pb.Message(want=pb.Want(author=bytes(40), first=0, last=1)),
     "want backwards": pb.Message(want=pb.Want(author=bytes(40), first=2, last=1)),
     "want of nobody": pb.Message(want=pb.Want(first=1, last=2)),
     "columns differ": pb.Message(hashes=pb.Hashes(author=bytes(40), counts=[1], hashes=bytes(64))),
@@ -403,7 +449,13 @@ FRAMES = {
     "hash of nothing": pb.Message(
         digest=pb.Digest(authors=bytes(40), counts=[0], hashes=b"h" * 32, frontier_hash=bytes(32))
     ),
+    "sum of more": pb.Message(
+        digest=pb.Digest(
+            authors=bytes(40), counts=[1], hashes=bytes(32), summed=[2], frontier_hash=bytes(32)
+        )
+    ),
     "too many buckets": pb.Message(view_digest=pb.ViewDigest(size=2**32 - 1)),
+    "a bucket too many": pb.Message(view_digest=pb.ViewDigest(size=257)),
     "bucket outside": pb.Message(view_digest=pb.ViewDigest(size=1, buckets=b"\1", hashes=[1])),
     "empty bucket": pb.Message(view_digest=pb.ViewDigest(size=1, buckets=b"\0", hashes=[0])),
     "buckets out of order": pb.Message(view_ids=pb.ViewIds(buckets=b"\2\1")),
