@@ -218,6 +218,27 @@ def test_a_saved_peer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert one.fingerprint() == other.fingerprint()
 
 
+def test_under_a_turn_rule_a_checkpoint_brings_back_the_memory_and_all_is_applied_again(
+    tmp_path: Path,
+) -> None:
+    run = changed(exchange={"rule": "clip_norm"})
+    one, late = trainer(run=run), trainer(1, run)
+    empty = one.fingerprint()
+    updates = [take(one, 0, turn) for turn in (1, 2)]
+    updates.append(arrived(1, 1, 1, late.turn(1, 4)))
+    one.apply(updates[2:])
+    full = one.fingerprint()
+    one.save(tmp_path / "state", frontier=[["aa", 7, 2]])
+    other = trainer(run=run)
+    for again in (one, other):  # what the one holds is forgotten
+        loaded = again.load(tmp_path / "state", own=(7, 2))
+        assert (loaded.kept, loaded.frontier) == (True, [])
+        assert again.fingerprint() == empty == again.recompute()
+        again.apply(updates)
+        assert again.fingerprint() == full == again.recompute()
+    assert take(one, 0, 3) == take(other, 0, 3)
+
+
 def test_memory_of_another_update_starts_at_zero(tmp_path: Path) -> None:
     one = trainer()
     take(one, 0, 1)

@@ -358,6 +358,22 @@ def test_one_peer_has_one_vote_a_turn_that_of_the_smallest_log_and_number(
     assert torch.equal(next_one.model, many.model)
 
 
+@pytest.mark.parametrize("rule", [r for r in EVERY if r["name"] != "sum"], ids=label)
+def test_nothing_is_remembered_of_what_left(rule: dict[str, Any]) -> None:
+    honest = {(bytes([p]) * 32, 1, 1): scalars(1, [10 + p, -p]) for p in range(3)}
+    key = (bytes([9]) * 32, 1, 1)
+    one, other = (Ledger(initial(), turn_rule.make(rule)) for _ in range(2))
+    one.take_in(1, {**honest, key: scalars(1, [100, 1])})
+    one.take_out(1, [key])
+    one.take_in(1, {key: scalars(1, [1, 1])})
+    other.take_in(1, {**honest, key: scalars(1, [1, 1])})
+    assert torch.equal(one.model, other.model)
+    assert one.fingerprint() == other.fingerprint()
+    one.restore(Ledger(initial(), turn_rule.make(rule)).to_bytes())
+    one.take_in(1, {**honest, key: scalars(1, [1, 1])})
+    assert torch.equal(one.model, other.model)
+
+
 @settings(max_examples=25, deadline=None)
 @given(order=st.permutations(range(12)), gone=st.sets(st.integers(0, 11)), recalling=st.booleans())
 def test_large_updates_are_recalled_and_give_the_same_model(
