@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 from support.strangers import genesis, refusal
-from support.transports import OPEN, Node, link, node, on_a_loop, raw, running, until
+from support.transports import LIMITS, OPEN, Node, link, node, on_a_loop, raw, running, until
 
 from shoal.gossip import messages as m
 from shoal.node.admission import Credentials
@@ -105,7 +105,7 @@ async def test_what_speaks_no_tls_is_told() -> None:
 
 @on_a_loop
 async def test_garbage_at_the_port_and_silent_connections_change_nothing() -> None:
-    a, b = node(), node()
+    a, b = node(), node(limits=replace(LIMITS, handshake_timeout=3.0))
     async with running(a, b):
         silent = [await asyncio.open_connection("127.0.0.1", b.port) for _ in range(20)]
         for garbage in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000), b"\x16\x03\x01\xff\xff" * 99):

@@ -168,7 +168,6 @@ def test_descriptors_that_close_meanwhile_are_passed_over() -> None:
     finally:
         for thread in threads:
             thread.join()
-    assert meter.bytes_out >= 0
 
 
 @linux

@@ -21,7 +21,7 @@ GENESIS = b"a genesis" * 100
 RUN = RunId(digest(GENESIS))
 OPEN = Admission(RUN)
 LOOPBACK = Listen("127.0.0.1", 0)
-LIMITS = Limits(dial_timeout=2.0, handshake_timeout=1.0, call_timeout=2.0)
+LIMITS = Limits(dial_timeout=20.0, handshake_timeout=10.0, call_timeout=20.0)
 
 
 class Owner:
@@ -101,7 +101,7 @@ async def running(*nodes: Node) -> AsyncIterator[None]:
             await each.stop()
 
 
-async def until(true: Callable[[], object], seconds: float = 20.0) -> None:
+async def until(true: Callable[[], object], seconds: float = 200.0) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.01)
