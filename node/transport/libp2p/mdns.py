@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import trio
+from zeroconf import Error as ZeroconfError
 from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
 from shoal.node.identity import parse_peer
@@ -35,7 +36,7 @@ class LocalNetwork:
             own = own_addresses()
             try:
                 await self._on(own)
-            except OSError as error:  # no multicast here (a container, a VPN): look again later
+            except (OSError, ZeroconfError) as error:  # no multicast here (a container, a VPN)
                 log.warning("mDNS is off for a minute", extra={"reason": innermost(error)})
                 await trio.sleep(60)
 
