@@ -167,7 +167,9 @@ def _pooled(run_file: RunFile) -> bool:
     """Say whether the run's seeds are from a pool, so that it may be given as a snapshot."""
     update = run_file.tables()["exchange"]["update"]
     planes = update if isinstance(update, list) else [update]
-    return all(isinstance(plane, dict) and plane.get("directions") == "pool" for plane in planes)
+    return bool(planes) and all(
+        isinstance(plane, dict) and plane.get("directions") == "pool" for plane in planes
+    )
 
 
 def resume(place: Home, options: Options) -> Place:
