@@ -6,6 +6,7 @@ what is local. The tables are those of training/tables.py; options of the parts 
 """
 
 import difflib
+import ipaddress
 import json
 import re
 import tomllib
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 from shoal.compression.settings import SettingError
 from shoal.gossip import limits as presets
 from shoal.gossip.limits import Limits
-from shoal.node.addresses import EXAMPLE, parse
+from shoal.node.addresses import EXAMPLE, parse, parse_listen
 from shoal.node.errors import ConfigError
 from shoal.node.files import write_atomically
 from shoal.training import presets as recipes
@@ -157,8 +158,8 @@ class NodeConfig:
     """`HOST:PORT`; empty: all interfaces, port 7464; 0: the last start's port, or any."""
     advertise: tuple[str, ...] = ()
     """Addresses to tell others; empty: every non-loopback address of this machine."""
-    libp2p: str = "0"
-    """`off`, or libp2p's own TCP port; 0: any free one."""
+    libp2p: str = ""
+    """`off`, or libp2p's own TCP port; 0: any free one. Empty: see `libp2p_port`."""
     libp2p_peer: tuple[str, ...] = ()
     """libp2p multiaddrs with /p2p through which to enter the DHT; of any run."""
     identity: str = ""
@@ -183,7 +184,8 @@ class NodeConfig:
         _at_least(self.threads, 0, "threads")
         _at_least(self.log_gigabytes, 0, "log_gigabytes")
         _choice(self.limits, "limits", ("lan", "wan"))
-        parse_libp2p(self.libp2p)
+        if self.libp2p:
+            parse_libp2p(self.libp2p)
         for text in self.libp2p_peer:
             check_libp2p_peer(text)
         if self.allow_task and ":" not in self.allow_task:
@@ -201,6 +203,18 @@ class NodeConfig:
         except ConfigError as error:
             text = str(error)
             raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+    def libp2p_port(self) -> int | None:
+        """Return libp2p's TCP port, 0: any free one; None: it is off.
+
+        Unless it is asked for, it is off where nobody on another machine could come: it listens on
+        all interfaces.
+        """
+        if self.libp2p:
+            return parse_libp2p(self.libp2p)
+        host = parse_listen(self.listen).host if self.listen else ""
+        near = bool(host) and ipaddress.ip_address(host).is_loopback
+        return None if near and not (self.advertise or self.libp2p_peer) else 0
 
     def merged(self, flags: Mapping[str, object]) -> "NodeConfig":
         """Return it with what the command line gave: None, False and () mean not given.

@@ -28,7 +28,6 @@ from shoal.gossip.records import Record, Report, Update
 from shoal.gossip.run import Held, Run
 from shoal.node import founding, offline, pipe, snapshots, status
 from shoal.node.addresses import parse_bare, parse_listen
-from shoal.node.config import parse_libp2p
 from shoal.node.discovery import Discovery
 from shoal.node.driver import Driver
 from shoal.node.errors import ConfigError, PeerError
@@ -152,7 +151,7 @@ class Daemon:
             FinderSettings(
                 identity=place.identity.key.private_bytes_raw(),
                 seed=place.admission.rendezvous(),
-                port=parse_libp2p(place.config.libp2p),
+                port=place.config.libp2p_port(),
             )
         )
         self.meter = self._make_meter()

@@ -100,7 +100,8 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
         type=libp2p,
         metavar="off|PORT",
         help="find peers of the run by libp2p, on the local network and through --libp2p-peer, "
-        "listening at this TCP port (default: any free one); off: only by the addresses given",
+        "listening on all interfaces at this TCP port (default: any free one, or off where "
+        "--listen names loopback); off: only by the addresses given",
     )
     network.add_argument(
         "--libp2p-peer",

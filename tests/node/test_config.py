@@ -199,6 +199,26 @@ def test_node_toml_keeps_what_the_command_line_said(
 
 
 @pytest.mark.parametrize(
+    ("given", "port"),
+    [
+        ({}, 0),
+        ({"listen": "0.0.0.0:7464"}, 0),
+        ({"listen": "10.0.0.1:0"}, 0),
+        ({"listen": "127.0.0.1:0"}, None),
+        ({"listen": "[::1]:7464"}, None),
+        ({"listen": "127.0.0.1:0", "libp2p": "0"}, 0),
+        ({"listen": "127.0.0.1:0", "advertise": ("/ip4/10.0.0.1/tcp/1",)}, 0),
+        ({"libp2p": "off"}, None),
+        ({"libp2p": "4001"}, 4001),
+    ],
+)
+def test_who_listens_on_loopback_alone_opens_no_port_of_libp2p(
+    given: dict[str, object], port: int | None
+) -> None:
+    assert NodeConfig().merged(given).libp2p_port() == port
+
+
+@pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("threds = 3", "did you mean 'threads'"),

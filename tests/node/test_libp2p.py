@@ -63,6 +63,23 @@ def with_swarm(scenario: Callable[[Swarm], Any]) -> None:
 
 @needs_libp2p
 @guest
+def test_a_port_is_not_shared_with_another_process() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        first = await swarm.add()
+        port = int(first.addresses[0].split("/")[4])
+        second = Finder(settings(9, mdns=False, port=port))
+        second.start()
+        try:
+            await until(lambda: second.state not in ("starting", "running", "off"))
+            assert "in use" in second.state
+        finally:
+            await second.stop(60)
+
+    with_swarm(scenario)
+
+
+@needs_libp2p
+@guest
 @pytest.mark.real
 def test_peers_of_one_run_meet_through_a_node_of_another_run() -> None:
     async def scenario(swarm: Swarm) -> None:

@@ -1,5 +1,6 @@
 """Our libp2p node and its DHT: how they are made, dial, and stay within bounds."""
 
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -73,6 +74,8 @@ class Host:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """Listen while the context is open; raises OSError when the port can't be had."""
+        if self.settings.port:
+            _refuse_taken(self.settings.port)
         listen = [Multiaddr(f"/ip4/0.0.0.0/tcp/{self.settings.port}")]
         async with self.basic.run(listen_addrs=listen):
             if not self.basic.get_transport_addrs():
@@ -132,3 +135,10 @@ class Host:
             self._ages[peer] = opened, used
             if now - used >= self.limits.linger or now - opened >= self.limits.longest:
                 await self.close(peer)
+
+
+def _refuse_taken(port: int) -> None:
+    """Raise OSError where another process listens: libp2p would share the port with it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
