@@ -430,7 +430,7 @@ def report(summary: "Summary") -> list[str]:
     unit = summary.unit or "held out"
     lines = [
         "",
-        f"{summary.run}: {summary.peers} peers, {summary.steps:.0f} steps each "
+        f"{summary.run}: {summary.peers} peers, {summary.steps:.0f} steps a peer "
         f"in {table.seconds(summary.seconds)}",
         f"  {unit}: {table.number(summary.before)} before, {table.number(summary.after)} after",
     ]
@@ -442,11 +442,20 @@ def report(summary: "Summary") -> list[str]:
         )
     lines += [
         f"  sent per peer: {table.size(summary.sent)} on the sockets; float32 gradient "
-        f"all-reduce: {table.size(summary.reference)}; {table.times(summary.fewer)} fewer "
+        f"all-reduce: {table.size(summary.reference)}; {_saving(summary.fewer)} "
         f"({table.times(summary.fewer_by_payload)} by payloads alone)",
         f"  fingerprints: {_verdict(summary)}",
     ]
     return lines
+
+
+def _saving(fewer: float | None) -> str:
+    """Say how much less was sent; of a tiny model, how much more."""
+    from shoal.node import table
+
+    if fewer and fewer < 1:
+        return f"{table.times(1 / fewer)} more"
+    return f"{table.times(fewer)} fewer"
 
 
 def _verdict(summary: "Summary") -> str:
