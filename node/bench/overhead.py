@@ -40,6 +40,10 @@ TURNS = 12
 WARM = 2
 """Turns before them that do not count."""
 STEPS = 30
+ASKED = 100
+"""Times that `/status` is asked for while both train."""
+PROMISED = 50.0
+"""Milliseconds in which `/status` shall answer meanwhile."""
 STARTING = 120.0
 """Seconds that a swarm has to come up."""
 
@@ -55,6 +59,8 @@ class Speed(NamedTuple):
     """Processor seconds of the daemon …"""
     worker: float = 0.0
     """… and of its worker."""
+    answers: tuple[float, ...] = ()
+    """Milliseconds that each answer of `/status` took."""
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +108,14 @@ def rows(bare: list[Speed], swarm: list[Speed]) -> list[Row]:
             sum(s.worker for s in swarm),
         )
     )
+    answers = sorted(each for s in swarm for each in s.answers)
+    late = answers[len(answers) * 95 // 100]
+    found.append(
+        beside(
+            "/status answers while it trains, median", statistics.median(answers), "ms", PROMISED
+        )
+    )
+    found.append(beside("the same, 95 of 100 are faster", late, "ms", PROMISED))
     return found
 
 
@@ -250,13 +264,27 @@ async def _watch(daemon: int, folder: Path, other: Path, serving: "asyncio.Task[
     before = _processor(daemon), _processor(worker)
     ended, end = await _next_turn(folder, begun + TURNS)
     after = _processor(daemon), _processor(worker)
+    answers = await asyncio.to_thread(_asked, folder)
     turns = _turns(folder)[begun:end]
     status = await _status(other)
     if status is None or not status.neighbours:
         raise ConfigError("the two daemons lost each other while they were measured")
     median = statistics.median(STEPS / turn["seconds"] for turn in turns)
     wall = STEPS * len(turns) / (ended - began)
-    return Speed(median, wall, after[0] - before[0], after[1] - before[1])
+    return Speed(median, wall, after[0] - before[0], after[1] - before[1], answers)
+
+
+def _asked(folder: Path) -> tuple[float, ...]:
+    """Return how long each answer of `/status` took, in ms, a connection for each."""
+    daemon, took = client.from_file(folder), []
+    if daemon is None:
+        raise ConfigError(f"the measured daemon is gone; see {folder.parent}")
+    for _ in range(ASKED):
+        began = time.perf_counter()
+        daemon.status()
+        took.append((time.perf_counter() - began) * 1000)
+        time.sleep(0.02)
+    return tuple(took)
 
 
 async def _next_turn(folder: Path, count: int) -> tuple[float, int]:
