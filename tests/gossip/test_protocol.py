@@ -323,7 +323,8 @@ def test_a_full_log_discards_the_turn() -> None:
     assert one.state == "degraded: log full"
 
 
-def test_a_log_full_of_others_updates_stops_publishing_too() -> None:
+def with_a_full_log() -> Protocol:
+    """Return a peer whose log had no room for an update of another."""
     one = started()
     one.handle(ev.LinkUp(TWO, b"admitted"), 0.0)
     one.handle(NO_MODEL, 0.1)
@@ -331,6 +332,11 @@ def test_a_log_full_of_others_updates_stops_publishing_too() -> None:
     (store,) = of(ev.Store, one.handle(ev.Received(TWO, Push((update(Author(TWO, 3), 1),))), 0.5))
     assert isinstance(store, ev.Store)
     one.handle(ev.StoreFailed(store.record, "log full"), 0.6)
+    return one
+
+
+def test_a_log_full_of_others_updates_stops_publishing_too() -> None:
+    one = with_a_full_log()
     effects = one.handle(turn_done(1), 1.0)
     assert of(ev.Store, effects) == []
     assert of(ev.Discard, effects) == [ev.Discard()]
@@ -338,13 +344,7 @@ def test_a_log_full_of_others_updates_stops_publishing_too() -> None:
 
 
 def test_a_log_that_has_room_again_is_published_to_again() -> None:
-    one = started()
-    one.handle(ev.LinkUp(TWO, b"admitted"), 0.0)
-    one.handle(NO_MODEL, 0.1)
-    one.handle(ev.Applied((), (0, 0), ()), 0.2)
-    (store,) = of(ev.Store, one.handle(ev.Received(TWO, Push((update(Author(TWO, 3), 1),))), 0.5))
-    assert isinstance(store, ev.Store)
-    one.handle(ev.StoreFailed(store.record, "log full"), 0.6)
+    one = with_a_full_log()
     assert worker_requests(one.handle(turn_done(1), 1.0)) == []
     (again,) = worker_requests(one.handle(ev.StoreMended(), 2.0))
     assert isinstance(again, ev.StartTurn)

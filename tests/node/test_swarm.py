@@ -169,6 +169,11 @@ def test_one_peer_alone_has_no_reference() -> None:
     assert "– fewer" in "\n".join(command.report(summary))
 
 
+def test_a_tiny_model_that_cost_more_is_said_to() -> None:
+    assert command._saving(0.25) == "4.0 × more"
+    assert command._saving(25.0) == "25 × fewer"
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [
